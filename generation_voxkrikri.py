@@ -1,0 +1,372 @@
+"""From speech to token ids: Whisper's hypothesis and states, then the fused LLM's text.
+
+* `listen` runs Whisper: hypothesis ids, and the decoder states A that every fused row attends to.
+* `generate` runs the LLM over them. Greedy decoding is `greedy_search` below, handed to transformers' own `generate`;
+  beams and sampling are transformers'.
+* In causal mode the end may be written only by a row that sees the last state. A row that wants it earlier is dropped,
+  and it and all later rows see one state more (`greedy_search`); beams and sampling just may not take it there.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class VoxKrikriAudio(ModelOutput):
+    """What Whisper makes of a batch of clips.
+
+    Args:
+        hypothesis_ids: `(batch, n)` text tokens, right-padded with Whisper's end of text.
+        audio_states: `(batch, n + 1, d_speech)`, the decoder states A_0 .. A_n.
+        state_lengths: `(batch,)`, S of every clip: its hypothesis tokens and one.
+    """
+
+    hypothesis_ids: torch.LongTensor | None = None
+    audio_states: torch.FloatTensor | None = None
+    state_lengths: torch.LongTensor | None = None
+
+
+@dataclass
+class VoxKrikriGenerateOutput(ModelOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    Args:
+        sequences: `(batch, tokens)` new text tokens, the prompt left out, padded after the end.
+        token_logprobs: `(batch, tokens)` log-probability of every token, 0 on padding.
+        hypothesis_ids, audio_states, state_lengths: as in VoxKrikriAudio.
+    """
+
+    sequences: torch.LongTensor | None = None
+    token_logprobs: torch.FloatTensor | None = None
+    hypothesis_ids: torch.LongTensor | None = None
+    audio_states: torch.FloatTensor | None = None
+    state_lengths: torch.LongTensor | None = None
+
+
+class NoEndBeforeLastState(LogitsProcessor):
+    """Forbids the end of text in causal rows that do not see the last state yet."""
+
+    def __init__(self, model, prompt_length: int, lookahead: int | None, audio: dict[str, torch.Tensor | None]):
+        self.model, self.prompt_length, self.lookahead, self.audio = model, prompt_length, lookahead, audio
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        rows = self.model.text_rows(input_ids, self.prompt_length)
+        rows = {name: value[:, -1:] for name, value in rows.items()}
+        audio = {
+            name: None if value is None else value.repeat_interleave(len(input_ids) // len(value), dim=0)
+            for name, value in self.audio.items()
+        }
+        early = ~self.model.sees_last_state(alignment_lookahead=self.lookahead, **rows, **audio)
+        scores = scores.clone()
+        scores[:, self.model.end_token_ids] = scores[:, self.model.end_token_ids].masked_fill(early, -torch.inf)
+        return scores
+
+
+def greedy_search(
+    model,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs,
+) -> GenerateDecoderOnlyOutput:
+    """Greedy decoding in which a causal row that ends too early waits for one state more.
+
+    When any row of the batch waits, the newest rows of all are taken out of the cache and run again: for those that
+    do not wait the second run repeats the first, so a batch gives what its clips give one by one.
+
+    Returns:
+        `sequences` (batch, prompt and new tokens) and, as `scores`, the new tokens' log-probabilities (batch, tokens).
+    """
+    end_ids = torch.tensor(model.end_token_ids, device=input_ids.device)
+    pad_id = model.end_token_ids[0] if generation_config.pad_token_id is None else generation_config.pad_token_id
+    audio = {name: model_kwargs.pop(name, None) for name in model.ALIGNMENT_INPUTS}
+    prompt_length, attention_mask = model_kwargs.pop("prompt_length"), model_kwargs.pop("attention_mask")
+    if attention_mask is None:  # transformers drops one without padding
+        attention_mask = torch.ones_like(input_ids)
+    keep = {name: model_kwargs.pop(name, None) for name in ("audio_keys", "audio_values", "fusion_mode")}
+    lookahead = model_kwargs.pop("alignment_lookahead", None)
+    causal = keep["fusion_mode"] == "causal"
+    cache = DynamicCache() if generation_config.use_cache else None  # without sliding layers, which cannot be cropped
+
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    waits = torch.zeros_like(input_ids)
+    token_logprobs = []
+    while unfinished.any():
+        first = 0 if cache is None else cache.get_seq_length()
+        rows = model.text_rows(input_ids, prompt_length)
+        rows = {name: value[:, first:] for name, value in rows.items()} | {"state_waits": waits[:, first:]}
+        logits = (
+            model(
+                input_ids=input_ids[:, first:],
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1,
+                alignment_lookahead=lookahead,
+                **rows,
+                **audio,
+                **keep,
+            )
+            .logits[:, -1]
+            .float()
+        )
+        scores = logits_processor(input_ids, logits)
+        tokens = scores.argmax(-1)
+        if causal:
+            last_row = {name: value[:, -1:] for name, value in rows.items()}
+            sees_all = model.sees_last_state(alignment_lookahead=lookahead, **last_row, **audio).squeeze(1)
+            early = unfinished & torch.isin(tokens, end_ids) & ~sees_all
+            if early.any():
+                waits[:, -1] += early
+                if cache is not None:
+                    cache.crop(-1)
+                continue
+        tokens = torch.where(unfinished, tokens, pad_id)
+        logprobs = scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        token_logprobs.append(torch.where(unfinished, logprobs, 0.0))
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(tokens), 1)], dim=-1)
+        waits = torch.cat([waits, waits[:, -1:]], dim=-1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        unfinished &= ~torch.isin(tokens, end_ids) & ~stopping_criteria(input_ids, None)
+    if streamer is not None:
+        streamer.end()
+    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=torch.stack(token_logprobs, dim=-1))
+
+
+class VoxKrikriGenerationMixin(GenerationMixin):
+    """Decoding of VoxKrikriForConditionalGeneration, which owns `speech_model` and `language_model`."""
+
+    # Tensors of one row per clip that place the states beside the text, whatever is being decoded.
+    ALIGNMENT_INPUTS = ("state_lengths", "state_characters", "hypothesis_token_counts")
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The LLM's end-of-text tokens (some have several)."""
+        end = self.generation_config.eos_token_id
+        return list(end) if isinstance(end, list | tuple) else [end]
+
+    @property
+    def start_token_id(self) -> int:
+        """What a text without a prompt starts from: the LLM's BOS or, where it has none, its padding or end token."""
+        config = self.generation_config
+        candidates = (config.bos_token_id, config.pad_token_id, self.end_token_ids[0])
+        return next(token for token in candidates if token is not None)
+
+    def speech_prefix(self, encoder_outputs: BaseModelOutput, language: str | None = None) -> torch.LongTensor:
+        """Whisper's decoder prefix `(batch, p)`: start of transcript, language and task if multilingual, no timestamps.
+
+        Args:
+            language: a code ("el"), an English name ("greek") or None: the checkpoint's default, else detected.
+        """
+        config = self.speech_model.generation_config
+        batch, device = len(encoder_outputs.last_hidden_state), self.device
+        prefix = [torch.full((batch,), config.decoder_start_token_id, device=device)]
+        if getattr(config, "is_multilingual", False):
+            language = language or getattr(config, "language", None)
+            if language is None:
+                prefix.append(self.speech_model.detect_language(encoder_outputs=encoder_outputs))
+            else:
+                token = f"<|{TO_LANGUAGE_CODE.get(language.lower(), language.lower())}|>"
+                if token not in config.lang_to_id:
+                    known = ", ".join(sorted(name.strip("<|>") for name in config.lang_to_id))
+                    raise ValueError(f"language {language!r} is unknown to this Whisper; it knows {known}")
+                prefix.append(torch.full((batch,), config.lang_to_id[token], device=device))
+            prefix.append(torch.full((batch,), config.task_to_id["transcribe"], device=device))
+        elif language is not None:
+            raise ValueError(f"language {language!r} was given, but this Whisper is not multilingual: leave it out")
+        if getattr(config, "no_timestamps_token_id", None) is not None:
+            prefix.append(torch.full((batch,), config.no_timestamps_token_id, device=device))
+        return torch.stack(prefix, dim=1)
+
+    @torch.no_grad()
+    def generate_hypothesis(self, encoder_outputs: BaseModelOutput, prefix_ids: torch.LongTensor, **kwargs):
+        """Whisper's text tokens `(batch, n)`, greedy unless `kwargs` say otherwise, right-padded with end of text."""
+        config = self.speech_model.generation_config
+        end = self.speech_model.config.eos_token_id
+        vocabulary = self.speech_model.config.vocab_size
+        suppressed = {token for token in config.suppress_tokens or [] if token != end}
+        ids = GenerationMixin.generate(
+            self.speech_model,
+            encoder_outputs=encoder_outputs,
+            attention_mask=torch.ones_like(prefix_ids),
+            decoder_input_ids=prefix_ids,
+            generation_config=GenerationConfig(
+                decoder_start_token_id=config.decoder_start_token_id,
+                bos_token_id=config.bos_token_id,
+                eos_token_id=end,
+                pad_token_id=end,
+                max_length=self.speech_model.config.max_target_positions,
+                # Text tokens come before the end of text, all markers and times after it.
+                suppress_tokens=sorted(suppressed | set(range(end + 1, vocabulary))) or None,
+                begin_suppress_tokens=config.begin_suppress_tokens,
+            ),
+            **kwargs,
+        )[:, prefix_ids.shape[1] :]
+        longest = int((ids != end).sum(-1).max()) if ids.numel() else 0
+        return ids[:, :longest]
+
+    @torch.no_grad()
+    def get_audio_states(
+        self, encoder_outputs: BaseModelOutput, prefix_ids: torch.LongTensor, hypothesis_ids: torch.LongTensor
+    ) -> VoxKrikriAudio:
+        """A: the last decoder states that predict every hypothesis token and then the end, in one parallel pass."""
+        lengths = (hypothesis_ids != self.speech_model.config.eos_token_id).sum(-1)
+        decoder_output = self.speech_model.model.decoder(
+            input_ids=torch.cat([prefix_ids, hypothesis_ids], dim=-1),
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            use_cache=False,
+        )
+        states = decoder_output.last_hidden_state[:, prefix_ids.shape[1] - 1 :]
+        return VoxKrikriAudio(hypothesis_ids=hypothesis_ids, audio_states=states, state_lengths=lengths + 1)
+
+    @torch.no_grad()
+    def listen(
+        self,
+        input_features: torch.FloatTensor,
+        language: str | None = None,
+        hypothesis_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> VoxKrikriAudio:
+        """Whisper's whole part: features `(batch, mel bins, frames)` to hypothesis and states.
+
+        Args:
+            hypothesis_ids: take these, made earlier, instead of decoding them now.
+            kwargs: decoding options of the hypothesis, greedy by default.
+        """
+        encoder_outputs = self.speech_model.model.encoder(input_features.to(self.device, self.speech_model.dtype))
+        prefix_ids = self.speech_prefix(encoder_outputs, language)
+        if hypothesis_ids is None:
+            hypothesis_ids = self.generate_hypothesis(encoder_outputs, prefix_ids, **kwargs)
+        return self.get_audio_states(encoder_outputs, prefix_ids, hypothesis_ids)
+
+    def text_rows(self, input_ids: torch.LongTensor, prompt_length: int) -> dict[str, torch.LongTensor]:
+        """Where the rows of a text being decoded stand: t and the characters written before it, each `(batch, rows)`."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) - (prompt_length - 1)
+        positions = positions.clamp(min=-1).expand_as(input_ids)
+        return {"text_positions": positions, "text_characters": self.count_characters(input_ids, positions)}
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, prompt_length: int | None = None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if prompt_length is not None:
+            count = inputs["input_ids"].shape[1]
+            rows = self.text_rows(input_ids, prompt_length)
+            inputs |= {name: value[:, -count:] for name, value in rows.items()}
+        return inputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_features: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        *,
+        audio_states: torch.FloatTensor | None = None,
+        state_lengths: torch.LongTensor | None = None,
+        hypothesis_ids: torch.LongTensor | None = None,
+        hypothesis_token_counts: torch.LongTensor | None = None,
+        fusion_mode: str | None = None,
+        alignment_lookahead: int | None = None,
+        language: str | None = None,
+        return_dict_in_generate: bool = False,
+        **kwargs,
+    ) -> torch.LongTensor | VoxKrikriGenerateOutput:
+        """Transcribes clips.
+
+        Args:
+            input_features: `(batch, mel bins, frames)`, or instead
+            audio_states, state_lengths, hypothesis_ids: what `listen` returned.
+            input_ids, attention_mask: `(batch, prompt)`, left-padded; the LLM's start token alone if left out.
+            hypothesis_token_counts: `(batch,)`, T: the hypothesis's LLM tokens and its end. Left out, S/T is the
+                checkpoint's constant `states_per_token`.
+            fusion_mode, alignment_lookahead: instead of the configuration's.
+            language: of the speech, for a multilingual Whisper.
+            kwargs: transformers' generation options (num_beams, do_sample, max_new_tokens, streamer ...).
+
+        Returns:
+            `(batch, tokens)` new text tokens, or a VoxKrikriGenerateOutput.
+
+        Raises:
+            ValueError: without audio, with both kinds of it, or with a prompt for another number of clips.
+        """
+        if (input_features is None) == (audio_states is None):
+            raise ValueError("generate needs either input_features or audio_states (with state_lengths), one of them")
+        if audio_states is None:
+            audio = self.listen(input_features, language, hypothesis_ids)
+        else:
+            if state_lengths is None:
+                state_lengths = torch.full((len(audio_states),), audio_states.shape[1], device=audio_states.device)
+            audio = VoxKrikriAudio(
+                hypothesis_ids=hypothesis_ids, audio_states=audio_states, state_lengths=state_lengths
+            )
+        batch = len(audio.audio_states)
+        if input_ids is None:
+            input_ids = torch.full((batch, 1), self.start_token_id, device=self.device)
+        elif len(input_ids) != batch:
+            raise ValueError(f"input_ids holds {len(input_ids)} prompts for {batch} clips: give one for each")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+
+        prompt_length = input_ids.shape[1]
+        mode = self.config.fusion_mode if fusion_mode is None else fusion_mode
+        keys, values = self.project_audio(audio.audio_states)
+        alignment = {
+            "state_lengths": audio.state_lengths,
+            "state_characters": self.state_characters(audio.hypothesis_ids),
+            "hypothesis_token_counts": hypothesis_token_counts,
+        }
+        config = kwargs.get("generation_config") or self.generation_config
+        beams, sampling = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "do_sample"))
+        greedy = (beams or 1) == 1 and not sampling
+        if greedy:
+            # transformers keeps the streamer to itself
+            kwargs["custom_generate"] = partial(greedy_search, streamer=kwargs.get("streamer"))
+        elif mode == "causal":
+            processor = NoEndBeforeLastState(self, prompt_length, alignment_lookahead, alignment)
+            kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), processor])
+        output = super().generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prompt_length=prompt_length,
+            audio_keys=keys,
+            audio_values=values,
+            fusion_mode=mode,
+            alignment_lookahead=alignment_lookahead,
+            return_dict_in_generate=True,
+            output_scores=return_dict_in_generate and not greedy,
+            **alignment,
+            **kwargs,
+        )
+        sequences = output.sequences[:, prompt_length:]
+        if not return_dict_in_generate:
+            return sequences
+        if greedy:
+            token_logprobs = output.scores
+        else:
+            beam_indices = getattr(output, "beam_indices", None)
+            token_logprobs = self.compute_transition_scores(
+                output.sequences, output.scores, beam_indices, normalize_logits=beam_indices is None
+            )
+            ends = torch.isin(sequences, torch.tensor(self.end_token_ids, device=sequences.device))
+            token_logprobs = token_logprobs.masked_fill(ends.cumsum(-1) - ends.int() > 0, 0.0)
+        return VoxKrikriGenerateOutput(sequences=sequences, token_logprobs=token_logprobs, **audio)

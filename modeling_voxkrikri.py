@@ -1,0 +1,662 @@
+"""VoxKrikri: a frozen Whisper's decoder states, fused by cross-attention into inner layers of a decoder-only LLM.
+
+After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXiv 2509.15667). What is unusual here:
+
+* The audio the LLM sees is A, the last hidden states of Whisper's *decoder* over its own hypothesis: one vector a token.
+* Eq. 5 is `CrossModalFusion`; Eqs. 3-4 and the full mode are `aligned_states` and `alignment_mask`.
+* The LLM is not subclassed. A forward hook on its layer I adds the audio; the decoder hands our `audio_*` keyword
+  arguments down to it. V starts at zero, so that an untrained fusion leaves the LLM's logits as they are, to the bit.
+* Every row of text carries t, its place in the transcript. Training, left padding, decoding one row or many: one code.
+"""
+
+import copy
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperForConditionalGeneration,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .configuration_voxkrikri import FUSION_MODES, VoxKrikriConfig
+from .generation_voxkrikri import VoxKrikriGenerationMixin
+
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+except ImportError:
+    LoraConfig = None
+
+
+def aligned_states(
+    text_positions: torch.LongTensor,
+    state_lengths: torch.LongTensor,
+    token_counts: torch.LongTensor | None,
+    states_per_token: float,
+) -> tuple[torch.LongTensor, torch.FloatTensor]:
+    """Ratio alignment (Eq. 3): row t lies at state floor(S/T t), by integer arithmetic.
+
+    Args:
+        text_positions: `(batch, rows)`, t.
+        state_lengths: `(batch,)`, S.
+        token_counts: `(batch,)`, T, or None: S/T is `states_per_token`, to three decimals.
+
+    Returns:
+        The state index and, unrounded, the centre (t + 1/2) S/T of the row's span, each `(batch, rows)`.
+    """
+    if token_counts is None:
+        states, tokens = torch.full_like(state_lengths, round(1000 * states_per_token)), 1000
+    else:
+        states, tokens = state_lengths, token_counts[:, None]
+    return (states[:, None] * text_positions) // tokens, (text_positions + 0.5) * states[:, None] / tokens
+
+
+def text_aligned_states(
+    text_characters: torch.LongTensor, state_characters: torch.LongTensor, state_lengths: torch.LongTensor
+) -> tuple[torch.LongTensor, torch.FloatTensor]:
+    """Text alignment: the last hypothesis token that starts at or before the character the text has reached.
+
+    Args:
+        text_characters: `(batch, rows)`, characters written before each row's token.
+        state_characters: `(batch, states)`, the first character of each hypothesis token, then of the end.
+        state_lengths: `(batch,)`, S: what lies behind is padding.
+
+    Returns:
+        The state index and the centre of that state, each `(batch, rows)`.
+    """
+    index = torch.searchsorted(state_characters, text_characters.contiguous(), right=True) - 1
+    index = torch.minimum(index, state_lengths[:, None] - 1)
+    return index, index + 0.5
+
+
+def alignment_mask(
+    text_positions: torch.LongTensor,
+    last_visible: torch.LongTensor,
+    num_states: int,
+) -> torch.BoolTensor:
+    """Which states each row sees, `(batch, rows, states)`: M_{t,s} is 0 where True and minus infinity elsewhere (Eq. 4).
+
+    A row outside the text (t = -1) may look at state 0, since a softmax over nothing is NaN; its result is dropped.
+    """
+    last_visible = torch.where(text_positions < 0, 0, last_visible)
+    return torch.arange(num_states, device=last_visible.device) <= last_visible[..., None]
+
+
+class CrossModalFusion(nn.Module):
+    """Eq. 5: h_t <- h_t + softmax((Y_t Q)(A_s K)^T / sqrt(d) + M_{t,s}) (A_s V), in heads.
+
+    Y is h itself, normalised unless `fusion_norm` is off. With one head and no norm this is the equation to the letter.
+    """
+
+    def __init__(self, config: VoxKrikriConfig):
+        super().__init__()
+        hidden, speech_hidden = config.text_config.hidden_size, config.speech_config.d_model
+        self.heads, self.head_size = config.fusion_heads, hidden // config.fusion_heads
+        self.norm = nn.RMSNorm(hidden, eps=1e-6) if config.fusion_norm else nn.Identity()
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(speech_hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(speech_hidden, hidden, bias=False)
+        self.log_sigma = nn.Parameter(torch.empty(self.heads)) if config.alignment_prior else None
+
+    def project_audio(self, audio_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A K and A V, each `(batch, heads, states, head size)`, from `(batch, states, d_speech)`."""
+        keys = self.k_proj(audio_states).unflatten(-1, (self.heads, self.head_size))
+        values = self.v_proj(audio_states).unflatten(-1, (self.heads, self.head_size))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.BoolTensor,
+        offsets: torch.Tensor,
+        is_text: torch.BoolTensor,
+    ) -> torch.Tensor:
+        """Returns what is added to h, `(batch, rows, hidden)`.
+
+        Args:
+            hidden_states: h, `(batch, rows, hidden)`.
+            keys, values: from `project_audio`.
+            mask, offsets: `(batch, rows, states)`, the states seen and s - c_t.
+            is_text: `(batch, rows)`, False where no audio may enter.
+        """
+        queries = self.q_proj(self.norm(hidden_states)).unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
+        scores = (queries @ keys.transpose(-1, -2)).float() / self.head_size**0.5
+        if self.log_sigma is not None:
+            scores = scores - offsets[:, None] ** 2 / (2 * self.log_sigma.float().exp()[:, None, None] ** 2)
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        mixed = (scores.softmax(-1).to(values.dtype) @ values).transpose(1, 2).flatten(-2)
+        return mixed * is_text[..., None]
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with its adapter under peft's parameter names, for inference where peft is not installed."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, alpha / rank
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        update = self.lora_B["default"](self.lora_A["default"](hidden_states))
+        return self.base_layer(hidden_states) + self.scaling * update
+
+
+def token_characters(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """How many characters each token writes, `(vocab_size,)` int16; 0 for special tokens and pieces of a character."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1]  # some decoders drop a space before the first word
+    anchor_length = len(tokenizer.decode([anchor]))
+    special = set(tokenizer.all_special_ids)
+    counts = torch.zeros(vocab_size, dtype=torch.int16)
+    for token in range(min(len(tokenizer), vocab_size)):
+        if token not in special:
+            counts[token] = len(tokenizer.decode([anchor, token]).replace("\ufffd", "")) - anchor_length
+    return counts
+
+
+class VoxKrikriForConditionalGeneration(VoxKrikriGenerationMixin, PreTrainedModel):
+    """Whisper, a decoder-only LLM, and the fusion between them.
+
+    Assemble one with `from_pretrained_backbones`, reload it with `from_pretrained`.
+    """
+
+    config_class = VoxKrikriConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: VoxKrikriConfig,
+        speech_model: WhisperForConditionalGeneration | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        """Builds from the configuration alone; `speech_model` and `language_model` are taken over where given."""
+        super().__init__(config)
+        self.speech_model = speech_model or WhisperForConditionalGeneration._from_config(config.speech_config)
+        if config.speech_generation_config is not None:
+            self.speech_model.generation_config = GenerationConfig(**config.speech_generation_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        layers = self._decoder_layers()
+        self.fusion = nn.ModuleList(CrossModalFusion(config) for _ in config.injection_layers)
+        for index, layer in enumerate(config.injection_layers):
+            layers[layer - 1].register_forward_hook(partial(self._fuse, index), with_kwargs=True)
+        # Characters a token writes, for the text alignment: Whisper's and the LLM's vocabularies.
+        self.register_buffer("speech_characters", torch.zeros(config.speech_config.vocab_size, dtype=torch.int16))
+        self.register_buffer("token_characters", torch.zeros(config.text_config.vocab_size, dtype=torch.int16))
+        if config.lora is not None:
+            self._add_lora()
+        self.post_init()
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        decoder = self.language_model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or len(layers) != self.config.text_config.num_hidden_layers:
+            raise ValueError(
+                f"{type(self.language_model).__name__} has no plain stack of decoder layers (get_decoder().layers), "
+                "after one of which the audio could be added: choose a decoder-only LLM such as Llama, Mistral or Qwen"
+            )
+        return layers
+
+    def _add_lora(self) -> None:
+        if LoraConfig is not None:
+            inject_adapter_in_model(LoraConfig(**self.config.lora), self.language_model)
+        else:
+            unknown = self.config.lora.keys() - {"r", "lora_alpha", "lora_dropout", "target_modules"}
+            if unknown:
+                raise ValueError(f"the LoRA options {sorted(unknown)} need the peft package: pip install peft")
+            targets = self.config.lora["target_modules"]
+            linears = [(name, m) for name, m in self.language_model.named_modules() if isinstance(m, nn.Linear)]
+            for name, linear in linears:
+                head = linear is self.language_model.get_output_embeddings()
+                if not head if targets == "all-linear" else name.split(".")[-1] in targets:
+                    adapted = LoraLinear(linear, self.config.lora["r"], self.config.lora["lora_alpha"])
+                    self.language_model.set_submodule(name, adapted)
+        for name, module in self.language_model.named_modules():
+            if ".lora_" in name:
+                module._is_hf_initialized = True  # peft has done it: B starts at zero
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Q and K as the LLM's own linears, V zero, sigma from 1 to 8 states over the heads."""
+        for fusion in self.fusion:  # leaf by leaf: transformers skips a module that has no parameter of its own
+            if module in (fusion.q_proj, fusion.k_proj):
+                init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+            elif module is fusion.v_proj:
+                init.zeros_(module.weight)
+            elif module is fusion and fusion.log_sigma is not None:
+                init.copy_(fusion.log_sigma, torch.linspace(0, 3, fusion.heads) * torch.log(torch.tensor(2.0)))
+
+    # ---- the parts
+
+    @classmethod
+    def from_pretrained_backbones(
+        cls,
+        speech: str | WhisperForConditionalGeneration,
+        text: str | PreTrainedModel,
+        *,
+        speech_tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+        text_kwargs: dict | None = None,
+        **fusion,
+    ) -> "VoxKrikriForConditionalGeneration":
+        """A new model from a pretrained Whisper and a pretrained LLM: ids, folders or loaded models.
+
+        Args:
+            speech_tokenizer, tokenizer: the two vocabularies; needed for `alignment="text"` alone.
+            text_kwargs: further arguments of the LLM's from_pretrained, such as quantization_config.
+            fusion: VoxKrikriConfig's arguments, the revisions of the backbones among them.
+        """
+        for part, source in (("speech", speech), ("text", text)):
+            if isinstance(source, str):  # an id is pinned to the commit that its name and revision mean today
+                revision = fusion.get(f"{part}_model_revision")
+                commit = extract_commit_hash(cached_file(source, CONFIG_NAME, revision=revision), None)
+                fusion |= {f"{part}_model_id": source, f"{part}_model_revision": commit or revision}
+        if isinstance(speech, str):
+            revision = fusion["speech_model_revision"]
+            speech = WhisperForConditionalGeneration.from_pretrained(speech, revision=revision, dtype=dtype)
+        if isinstance(text, str):
+            revision = fusion["text_model_revision"]
+            text = AutoModelForCausalLM.from_pretrained(text, revision=revision, dtype=dtype, **(text_kwargs or {}))
+        config = VoxKrikriConfig(
+            speech_config=speech.config,
+            text_config=text.config,
+            speech_generation_config=speech.generation_config.to_dict(),
+            **fusion,
+        )
+        if config.alignment == "text" and (tokenizer is None or speech_tokenizer is None):
+            raise ValueError('alignment="text" compares texts: give both tokenizer and speech_tokenizer')
+        model = cls(config, speech, text)
+        model.fusion.to(device=text.device, dtype=text.dtype)
+        if tokenizer is not None and speech_tokenizer is not None:
+            model.speech_characters.copy_(token_characters(speech_tokenizer, config.speech_config.vocab_size))
+            model.token_characters.copy_(token_characters(tokenizer, config.text_config.vocab_size))
+        source = text.generation_config
+        if source.eos_token_id is None and text.config.eos_token_id is None:
+            raise ValueError(
+                f"{type(text).__name__} has no eos_token_id, with which a text ends: set it in its config"
+            )
+        model.generation_config = GenerationConfig(
+            bos_token_id=source.bos_token_id,
+            eos_token_id=source.eos_token_id if source.eos_token_id is not None else text.config.eos_token_id,
+            pad_token_id=source.pad_token_id,
+            max_new_tokens=speech.config.max_target_positions,
+        )
+        model.freeze_backbones()
+        return model
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the parameter `name` is among what VoxKrikri trains: the fusion, LoRA, `trained_text_modules`."""
+        modules = tuple(f"language_model.{module}" for module in self.config.trained_text_modules)
+        return name.startswith("fusion.") or ".lora_" in name or (bool(modules) and name.startswith(modules))
+
+    def trained_state_dict(self) -> dict[str, torch.Tensor]:
+        """What training changes, and nothing else: enough to go on from, beside the same backbones."""
+        return {name: value.contiguous() for name, value in self.state_dict().items() if self.is_trained(name)}
+
+    def freeze_backbones(self) -> None:
+        """Leaves a gradient to what is trained alone. Loading makes everything trainable: call it before training.
+
+        Raises:
+            ValueError: where `trained_text_modules` names nothing of the LLM's.
+        """
+        names = [name for name, _ in self.language_model.named_parameters()]
+        for module in self.config.trained_text_modules:
+            if not any(name.startswith(module) for name in names):
+                raise ValueError(
+                    f"trained_text_modules names {module!r}, and {type(self.language_model).__name__} has no parameters "
+                    f"of its own there (a tied head is trained as its embeddings); it has {', '.join(names[:3])} ..."
+                )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.is_trained(name))
+
+    def train(self, mode: bool = True) -> "VoxKrikriForConditionalGeneration":
+        super().train(mode)
+        self.speech_model.eval()  # frozen, always
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    # ---- alignment
+
+    def count_characters(self, input_ids: torch.LongTensor, text_positions: torch.LongTensor) -> torch.LongTensor:
+        """Characters written before each row's token, `(batch, rows)`: those of the text tokens up to the row's input."""
+        return (self.token_characters[input_ids].long() * (text_positions > 0)).cumsum(-1)
+
+    def state_characters(self, hypothesis_ids: torch.LongTensor | None) -> torch.LongTensor | None:
+        """The character at which each hypothesis token, and then the end, starts: `(batch, n + 1)`."""
+        if hypothesis_ids is None:
+            return None
+        ends = self.speech_characters[hypothesis_ids].long().cumsum(-1)
+        return nn.functional.pad(ends, (1, 0))
+
+    def align(
+        self,
+        text_positions: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+        text_characters: torch.LongTensor | None = None,
+        state_characters: torch.LongTensor | None = None,
+        hypothesis_token_counts: torch.LongTensor | None = None,
+    ) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        """State index and centre of every row, `(batch, rows)`, by the configuration's alignment."""
+        if self.config.alignment == "text":
+            if text_characters is None or state_characters is None:
+                raise ValueError('alignment="text" needs the hypothesis: give hypothesis_ids beside audio_states')
+            return text_aligned_states(text_characters, state_characters, state_lengths)
+        return aligned_states(text_positions, state_lengths, hypothesis_token_counts, self.config.states_per_token)
+
+    def last_visible_state(
+        self,
+        aligned: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+        fusion_mode: str,
+        alignment_lookahead: int | None = None,
+        state_waits: torch.LongTensor | int = 0,
+    ) -> torch.LongTensor:
+        """s_t, the last state each row sees, `(batch, rows)`: S - 1 in full mode, else at most aligned + k + waits."""
+        last = (state_lengths[:, None] - 1).expand_as(aligned)
+        if fusion_mode == "full":
+            return last
+        lookahead = self.config.alignment_lookahead if alignment_lookahead is None else alignment_lookahead
+        return torch.minimum(aligned + lookahead + state_waits, last)
+
+    def sees_last_state(
+        self,
+        text_positions: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+        alignment_lookahead: int | None = None,
+        state_waits: torch.LongTensor | int = 0,
+        **alignment,
+    ) -> torch.BoolTensor:
+        """Whether a causal row sees all of the hypothesis, `(batch, rows)`: only then may it end the text."""
+        aligned, _ = self.align(text_positions, state_lengths, **alignment)
+        visible = self.last_visible_state(aligned, state_lengths, "causal", alignment_lookahead, state_waits)
+        return visible == state_lengths[:, None] - 1
+
+    def project_audio(self, audio_states: torch.FloatTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every fusion, `(batch, fusions, heads, states, head size)`: once for an utterance."""
+        audio_states = audio_states.to(self.fusion[0].k_proj.weight.dtype)
+        keys, values = zip(*(fusion.project_audio(audio_states) for fusion in self.fusion), strict=True)
+        return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+
+    def _fuse(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output):
+        """The hook on layer I: h <- h + fusion(h, audio). Without audio the LLM stays as it is."""
+        keys = kwargs.get("audio_keys")
+        if keys is None:
+            return output
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        hidden_states = hidden_states + self.fusion[index](
+            hidden_states,
+            keys[:, index],
+            kwargs["audio_values"][:, index],
+            kwargs["audio_mask"],
+            kwargs["audio_offsets"],
+            kwargs["audio_is_text"],
+        )
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        input_features: torch.FloatTensor | None = None,
+        language: str | None = None,
+        hypothesis_ids: torch.LongTensor | None = None,
+        audio_states: torch.FloatTensor | None = None,
+        state_lengths: torch.LongTensor | None = None,
+        audio_keys: torch.Tensor | None = None,
+        audio_values: torch.Tensor | None = None,
+        text_positions: torch.LongTensor | None = None,
+        text_characters: torch.LongTensor | None = None,
+        state_characters: torch.LongTensor | None = None,
+        state_waits: torch.LongTensor | None = None,
+        hypothesis_token_counts: torch.LongTensor | None = None,
+        fusion_mode: str | None = None,
+        alignment_lookahead: int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """The LLM's logits and loss with the audio fused in; without any audio, the plain LLM's.
+
+        Args:
+            input_ids: `(batch, rows)`, prompt and text.
+            labels: `(batch, rows)`, unshifted: -100 on prompt and padding.
+            input_features: `(batch, mel bins, frames)`: Whisper listens first; or, made earlier,
+            hypothesis_ids: `(batch, n)`, right-padded with Whisper's end of text, and
+            audio_states: `(batch, n + 1, d_speech)` with state_lengths `(batch,)`; or
+            audio_keys, audio_values: what `project_audio` makes of them.
+            text_positions: `(batch, rows)`: t, the transcript token each row predicts, -1 outside; from the labels
+                if left out.
+            text_characters, state_characters: for the text alignment; from input_ids and hypothesis_ids if left out.
+            state_waits: `(batch, rows)`, states that each row sees beyond its alignment (`greedy_search`).
+            hypothesis_token_counts: `(batch,)`, T; `states_per_token` stands in for S/T if left out.
+            fusion_mode, alignment_lookahead: instead of the configuration's.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                "forward needs input_ids, the text beside the audio. To transcribe, call model.generate(input_features=...)"
+                ' or pipeline("automatic-speech-recognition", model=<folder or Hub id>, trust_remote_code=True):'
+                " given a loaded model, pipeline() builds the stock class, which cannot run this one"
+            )
+        mode = self.config.fusion_mode if fusion_mode is None else fusion_mode
+        if mode not in FUSION_MODES:
+            raise ValueError(f"fusion_mode must be one of {FUSION_MODES}, got {mode!r}")
+        if audio_keys is None and (audio_states is not None or input_features is not None):
+            if audio_states is None:
+                audio = self.listen(input_features, language, hypothesis_ids)
+                hypothesis_ids, audio_states, state_lengths = audio.to_tuple()
+            elif state_lengths is None:
+                raise ValueError("audio_states need state_lengths, how many of each clip's states are real")
+            audio_keys, audio_values = self.project_audio(audio_states)
+        if audio_keys is not None:
+            if text_positions is None:
+                if labels is None:
+                    raise ValueError("beside audio, forward needs text_positions or labels to place the text")
+                text_positions = positions_from_labels(labels)
+            if text_characters is None and input_ids is not None:
+                text_characters = self.count_characters(input_ids, text_positions)
+            if state_characters is None:
+                state_characters = self.state_characters(hypothesis_ids)
+            if state_waits is None:
+                state_waits = self._waits_for_end(labels, state_lengths) if labels is not None else 0
+            aligned, centres = self.align(
+                text_positions, state_lengths, text_characters, state_characters, hypothesis_token_counts
+            )
+            visible = self.last_visible_state(aligned, state_lengths, mode, alignment_lookahead, state_waits)
+            num_states = audio_keys.shape[-2]
+            kwargs |= {
+                "audio_keys": audio_keys,
+                "audio_values": audio_values,
+                "audio_mask": alignment_mask(text_positions, visible, num_states),
+                "audio_offsets": torch.arange(num_states, device=centres.device) - centres[..., None],
+                "audio_is_text": text_positions >= 0,
+            }
+        output = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+        )
+        if labels is not None:
+            output.loss = self.loss_function(
+                output.logits,
+                labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        return output
+
+    def _waits_for_end(self, labels: torch.LongTensor, state_lengths: torch.LongTensor) -> torch.LongTensor:
+        """In training the row that predicts the end sees every state, `(batch, rows)`."""
+        ends = torch.isin(labels, torch.tensor(self.end_token_ids, device=labels.device))
+        return nn.functional.pad(ends[:, 1:], (0, 1)) * state_lengths[:, None]
+
+    # ---- checkpoints
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', but a missing, unexpected or misshapen tensor raises instead of being made up.
+
+        A light checkpoint takes its backbones from the ids and revisions in its configuration.
+        """
+        config = kwargs.get("config")
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        if config.light:
+            return cls._from_light(pretrained_model_name_or_path, config, hub, kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told here, and by name
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        problems = [
+            f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info.get(kind)
+        ]
+        if problems:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(problems)}): "
+                "take both from the same checkpoint"
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_light(cls, source, config: VoxKrikriConfig, hub: dict, kwargs: dict):
+        options = {name: value for name, value in hub.items() if name != "revision"}
+        options["dtype"] = kwargs.get("dtype", kwargs.get("torch_dtype", config.dtype))
+        if "attn_implementation" in kwargs:
+            options["attn_implementation"] = kwargs["attn_implementation"]
+        speech, text = config.speech_model_id, config.text_model_id
+        model = cls(
+            config,
+            WhisperForConditionalGeneration.from_pretrained(speech, revision=config.speech_model_revision, **options),
+            AutoModelForCausalLM.from_pretrained(text, revision=config.text_model_revision, **options),
+        )
+        model.fusion.to(model.language_model.dtype)
+        state = load_file(cached_file(source, "model-fusion.safetensors", **hub))
+        expected = {name: value for name, value in model.state_dict().items() if model._in_light(name)}
+        wrong = sorted(
+            name
+            for name in state.keys() | expected.keys()
+            if name not in state or name not in expected or state[name].shape != expected[name].shape
+        )
+        if wrong:
+            raise ValueError(f"the light weights in {source} do not fit its config.json: {wrong[:5]}")
+        model.load_state_dict(state, strict=False)
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+        return model.eval()
+
+    def _in_light(self, name: str) -> bool:
+        return self.is_trained(name) or name in ("speech_characters", "token_characters")
+
+    def save_pretrained(
+        self, save_directory, light: bool | None = None, max_shard_size: str = "5GB", **kwargs
+    ) -> None:
+        """Writes configuration, code and weights, in shards by part: speech, text, fusion (with LoRA).
+
+        Args:
+            light: write what was trained alone; the backbones are then loaded from their ids. None: as assembled.
+
+        Raises:
+            ValueError: for a light checkpoint of backbones without an id, or for this repository's own root.
+        """
+        folder = Path(save_directory)
+        if (folder / "voxkrikri.py").exists():
+            raise ValueError(f"{folder} is the project's own root: save into a folder of its own")
+        light = self.config.light if light is None else light
+        if light and not (self.config.speech_model_id and self.config.text_model_id):
+            raise ValueError(
+                "a light checkpoint needs the backbones' ids: assemble the model from ids, or save with light=False"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        state, seen = {}, set()
+        for name, value in (kwargs.get("state_dict") or self.state_dict()).items():
+            if value.data_ptr() not in seen or not value.numel():  # tied weights are written once
+                seen.add(value.data_ptr())
+                state[name] = value.contiguous()
+        parts = {"fusion": {name: value for name, value in state.items() if self._in_light(name)}}
+        if not light:
+            for part, prefix in (("speech", "speech_model."), ("text", "language_model.")):
+                parts[part] = {
+                    name: value
+                    for name, value in state.items()
+                    if name.startswith(prefix) and name not in parts["fusion"]
+                }
+        files, weight_map = {}, {}
+        for part, tensors in parts.items():
+            shards = split_torch_state_dict_into_shards(
+                tensors, filename_pattern=f"model-{part}{{suffix}}.safetensors", max_shard_size=max_shard_size
+            )
+            for file, names in shards.filename_to_tensors.items():
+                files[file] = {name: tensors[name] for name in names}
+                weight_map |= dict.fromkeys(names, file)
+        for file, tensors in files.items():
+            save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
+        for file in files:
+            (folder / f"{file}.partial").replace(folder / file)
+        for stale in folder.glob("model-*.safetensors"):
+            if stale.name not in files:
+                stale.unlink()
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if light:
+            index.unlink(missing_ok=True)
+        else:
+            size = sum(value.numel() * value.element_size() for value in state.values())
+            index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
+        config = copy.deepcopy(self.config)
+        config.light, config.architectures = light, [type(self).__name__]
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        self._save_code(folder)
+
+    def _save_code(self, folder: Path) -> None:
+        """Ships the Hub files: from beside this one or, where transformers copied this one alone, from the checkpoint."""
+        for room in ("configuration", "modeling", "generation", "processing", "transcription", "pipeline"):
+            name = f"{room}_voxkrikri.py"
+            source = Path(__file__).parent / name
+            if not source.exists():
+                source = Path(cached_file(self.config._name_or_path, name))
+            if source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+
+
+def positions_from_labels(labels: torch.LongTensor) -> torch.LongTensor:
+    """t of every row, `(batch, rows)`: the row before the first label predicts token 0; -1 outside the text."""
+    predicts = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    return torch.where(predicts, predicts.cumsum(-1) - 1, -1)
