@@ -82,6 +82,12 @@ class VoxKrikriConfig(PretrainedConfig):
         self.text_config = text_config
         if self.speech_config.model_type != "whisper":
             raise ValueError(f"speech_config must be a Whisper configuration, got {self.speech_config.model_type!r}")
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            if getattr(text_config, name, None) is None:
+                raise ValueError(
+                    f"text_config must be of a decoder-only LLM with attention layers; {text_config.model_type!r} "
+                    f"has no {name}"
+                )
         layers = self.text_config.num_hidden_layers
         self.injection_layers = [round(2 * layers / 3)] if injection_layers is None else list(injection_layers)
         if not self.injection_layers or not all(1 <= layer <= layers for layer in self.injection_layers):

@@ -87,6 +87,10 @@ def test_code_is_named_for_every_auto_class():
         pytest.param({"speech_config": {"model_type": "moonshine"}}, ValueError, "'moonshine'", id="speech-dict"),
         pytest.param({"speech_config": "whisper"}, TypeError, "speech_config .* got str", id="speech-type"),
         pytest.param({"text_config": 3}, TypeError, "text_config .* got int", id="text-type"),
+        pytest.param(
+            {"text_config": {"model_type": "mamba"}}, ValueError, "'mamba' has no num_att", id="no-attention"
+        ),
+        pytest.param({"text_config": {"model_type": "gemma3"}}, ValueError, "'gemma3' has no num_hid", id="not-text"),
         pytest.param({"injection_layers": [0]}, ValueError, r"layers 1 to 3 .* got \[0\]", id="layer-0"),
         pytest.param({"injection_layers": [2, 4]}, ValueError, r"layers 1 to 3 .* got \[2, 4\]", id="layer-above"),
         pytest.param({"injection_layers": []}, ValueError, r"got \[\]", id="no-layer"),

@@ -112,13 +112,13 @@ def test_batch_is_one_by_one_and_cache_is_no_cache(model, features, mode, alignm
         prompt = {"input_ids": torch.tensor([PROMPTS[clip]])} if prompted else {}
         alone = model.generate(**single, **prompt, fusion_mode=mode)
         assert without_padding(model, alone[0]) == without_padding(model, together[clip])
-    assert len({tuple(row) for row in together.tolist()}) == len(together)
+    assert len({tuple(row) for row in together.tolist()}) > 1
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
-@pytest.mark.parametrize("prompted", [False, True], ids=["bare", "prompted"])
-def test_an_early_end_waits_for_the_next_state(model, features, prompted, lookahead):
-    model = with_end_bias(model)
+@pytest.mark.parametrize(("prompted", "bias"), [(False, 3.0), (True, 2.0)], ids=["bare", "prompted"])
+def test_an_early_end_waits_for_the_next_state(model, features, prompted, bias, lookahead):
+    model = with_end_bias(model, bias)
     audio, singles = hear(model, features)
     prompts = prompt_batch(model) if prompted else {}
     outputs = [

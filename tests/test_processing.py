@@ -199,7 +199,8 @@ def test_ffmpeg_reads_what_libsndfile_cannot(monkeypatch, tmp_path):
     program.write_text(
         "#!/bin/sh\n"
         'for argument; do case "$argument" in file:*) input="${argument#file:}";; esac; done\n'
-        f'case "$(head -c 4 "$input")" in fLaC|ftyp) cat "{tmp_path}/pcm";; *) echo "moov atom not found" >&2; exit 1;; esac\n'
+        f'cat "{tmp_path}/pcm"\n'
+        'case "$(head -c 4 "$input")" in fLaC|ftyp) ;; *) echo "moov atom not found" >&2; exit 1;; esac\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

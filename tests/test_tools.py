@@ -1,0 +1,22 @@
+import pytest
+
+from tools.parameters import count_parameters, paper_config, table
+
+
+def test_parameters_of_the_papers_model():
+    counts = count_parameters(paper_config())
+    backbones = counts["speech"] + counts["text"] + counts["head"]
+    assert round(backbones / 1e9, 3) == 9.746
+    assert counts["head"] == 149_248 * 4096 == 611_319_808
+    assert counts["lora"] == 20_971_520
+    assert counts["fusion"] == 4096 * 4096 + 2 * 1280 * 4096 == 27_262_976
+    lines = table(counts).splitlines()
+    assert lines[-2].endswith("unexplained 695.8 M")
+    assert lines[-1].endswith("unexplained 84.4 M")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_count_a_tied_head_once(tied):
+    config = paper_config()
+    config.text_config.tie_word_embeddings = tied
+    assert count_parameters(config)["head"] == (0 if tied else 149_248 * 4096)
