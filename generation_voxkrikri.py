@@ -345,6 +345,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             processor = NoEndBeforeLastState(self, prompt_length, alignment_lookahead, alignment)
             kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), processor])
         output = super().generate(
+            inputs=input_ids,  # for its batch and device; by its name alone transformers would not know it
             input_ids=input_ids,
             attention_mask=attention_mask,
             prompt_length=prompt_length,
@@ -363,9 +364,8 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         if greedy:
             token_logprobs = output.scores
         else:
-            beam_indices = getattr(output, "beam_indices", None)
             token_logprobs = self.compute_transition_scores(
-                output.sequences, output.scores, beam_indices, normalize_logits=beam_indices is None
+                output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True
             )
             ends = torch.isin(sequences, torch.tensor(self.end_token_ids, device=sequences.device))
             token_logprobs = token_logprobs.masked_fill(ends.cumsum(-1) - ends.int() > 0, 0.0)

@@ -178,6 +178,7 @@ class VoxKrikriForConditionalGeneration(VoxKrikriGenerationMixin, PreTrainedMode
 
     config_class = VoxKrikriConfig
     base_model_prefix = ""
+    main_input_name = "input_features"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -164,8 +164,9 @@ def test_rows_of_a_text_find_their_states_by_its_characters(tokenizers):
     model = assemble(tokenizers, alignment="text", fusion_mode="causal")
     text = tokenizers.text("Η θάλασσα ήταν ήσυχη", add_special_tokens=False).input_ids
     hypothesis = tokenizers.speech("Η θάλασσα ήταν", add_special_tokens=False).input_ids
-    input_ids = torch.tensor([[tokenizers.text.bos_token_id, *text]])
-    positions = torch.arange(len(text) + 1)[None]
+    prompt = tokenizers.text("Πότε;").input_ids
+    input_ids = torch.tensor([[*prompt, *text]])
+    positions = torch.tensor([[-1] * (len(prompt) - 1) + list(range(len(text) + 1))])
     state_characters = model.state_characters(torch.tensor([hypothesis]))
     aligned, _ = model.align(
         positions, torch.tensor([len(hypothesis) + 1]), model.count_characters(input_ids, positions), state_characters
@@ -173,7 +174,7 @@ def test_rows_of_a_text_find_their_states_by_its_characters(tokenizers):
     for t in range(len(text) + 1):
         written = len(tokenizers.text.decode(text[:t]))
         starts = [len(tokenizers.speech.decode(hypothesis[:s])) for s in range(len(hypothesis) + 1)]
-        assert aligned[0, t] == max(s for s, start in enumerate(starts) if start <= written)
+        assert aligned[0, len(prompt) - 1 + t] == max(s for s, start in enumerate(starts) if start <= written)
 
 
 def test_characters_of_tokens_add_up_to_the_text(tokenizers):
@@ -267,7 +268,7 @@ def test_causal_rows_never_see_a_later_state(tokenizers, lookahead):
         alignment_prior=True,
         injection_layers=[1, 2],
     )
-    clip = make_clip(model, 2, 8, 9)
+    clip = make_clip(model, 2, 8, 9) | {"hypothesis_token_counts": torch.tensor([12])}
     seen = torch.tensor(visible_states(clip, lookahead))
     logits = model(**clip).logits[0]
     for state in range(9):

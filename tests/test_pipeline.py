@@ -84,13 +84,15 @@ def test_many_clips(asr, files, expected, batch_size):
     assert asr([]) == []
 
 
-def test_a_generator_is_read_as_results_are_asked_for(asr, files, expected):
-    read = []
-    outputs = asr(read.append(path) or path for path in files)
-    assert read == []
-    assert next(outputs) == {"text": expected[0]["text"]}
-    assert read == files[:1]
-    assert list(outputs) == texts(expected[1:])
+def test_a_generator_is_read_as_results_are_asked_for(asr, tiny, files, expected):
+    in_pairs = VoxKrikriPipeline(tiny.model, processor=tiny.processor, batch_size=2)
+    for made, options, ahead in ((asr, {}, 1), (asr, {"batch_size": 2}, 2), (in_pairs, {}, 2)):
+        read = []
+        outputs = made((read.append(path) or path for path in files), **options)
+        assert read == []
+        assert next(outputs) == {"text": expected[0]["text"]}
+        assert read == files[:ahead]
+        assert list(outputs) == texts(expected[1:])
 
 
 def test_what_is_returned(asr, tiny, clips, expected):

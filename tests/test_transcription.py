@@ -168,11 +168,14 @@ def test_confidence_counts_no_padding(tiny, clips):
         scores[0, end] = scores[0].max() + (1 if ids.shape[1] == 3 else -50)
         return scores
 
-    options = {"sampling_rate": 16_000, "max_new_tokens": 5, "logits_processor": [ending]}
-    alone = transcribe(tiny.model, tiny.processor, clips[:1], **options)[0]
-    beside = transcribe(tiny.model, tiny.processor, clips[:2], batch_size=2, **options)[0]
-    assert beside["text"] == alone["text"]
-    assert beside["confidence"] == pytest.approx(alone["confidence"], rel=1e-4)
+    options = {"max_new_tokens": 5, "logits_processor": [ending]}
+    beside, _ = transcribe(tiny.model, tiny.processor, clips[:2], batch_size=2, sampling_rate=16_000, **options)
+    inputs = tiny.processor.apply_transcription_request(clips[0], sampling_rate=16_000)
+    counts = torch.tensor(tiny.processor.hypothesis_token_counts([beside["hypothesis"]]))
+    alone = tiny.model.generate(**inputs, hypothesis_token_counts=counts, return_dict_in_generate=True, **options)
+    assert alone.sequences.shape == (1, 3) and alone.sequences[0, -1] == end
+    assert beside["text"] == tiny.processor.decode(alone.sequences[0])
+    assert beside["confidence"] == pytest.approx(alone.token_logprobs.mean().exp().item(), rel=1e-4)
 
 
 def test_agreement(tiny, clips):

@@ -1,0 +1,170 @@
+"""Training on twelve short sounds: the same run twice, cut off and resumed; what is heard once; what recipes refuse."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import SENTENCES, tiny_speech_model, tiny_text_model
+from safetensors.torch import load_file
+from transformers import WhisperFeatureExtractor
+
+import train
+from voxkrikri import VoxKrikriForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory, tokenizers):
+    """A folder with two backbones, a manifest of twelve clips (one too long for the window), and a recipe."""
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    speech, text = tiny_speech_model(tokenizers.speech), tiny_text_model(tokenizers.text)
+    for part in (speech, tokenizers.speech, WhisperFeatureExtractor(feature_size=80, chunk_length=1)):
+        part.save_pretrained(folder / "speech")
+    for part in (text, tokenizers.text):
+        part.save_pretrained(folder / "text")
+    rng, lines = np.random.default_rng(0), []
+    for index in range(12):
+        seconds = 1.5 if index == 5 else rng.uniform(0.3, 0.9)
+        soundfile.write(folder / f"{index}.flac", 0.3 * rng.standard_normal(int(16_000 * seconds)), 16_000)
+        lines.append(json.dumps({"audio": f"{index}.flac", "text": SENTENCES[index % 4][:18]}, ensure_ascii=False))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = {"path": str(folder / "manifest.jsonl")}
+    recipe = {
+        "model": {
+            "speech": str(folder / "speech"),
+            "text": str(folder / "text"),
+            "alignment": "text",
+            "alignment_prior": True,
+            "lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
+        },
+        "data": {"train": [source], "validation": dict(source), "input_noise": 0.2},
+        "prepared": str(folder / "prepared"),
+        "learning_rates": {"fusion": 3.0e-3},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "save_steps": 2,
+            "learning_rate": 1.0e-3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    train.main([str(folder / "recipe.yaml")])
+    return folder
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model-fusion.safetensors")
+
+
+def test_a_run_leaves_a_model_that_loads_and_its_error_rates(workshop):
+    model = VoxKrikriForConditionalGeneration.from_pretrained(workshop / "run")
+    assert model.fusion[0].v_proj.weight.abs().max() > 0
+    metrics = json.loads((workshop / "run" / "metrics.json").read_text())
+    assert {"eval_loss", "eval_wer", "eval_wer_full", "eval_wer_causal", "eval_wer_hypothesis"} <= metrics.keys()
+
+
+def test_only_fusion_and_lora_have_changed(workshop):
+    model = VoxKrikriForConditionalGeneration.from_pretrained(workshop / "run")
+    before = load_file(workshop / "text" / "model.safetensors")
+    after = model.language_model.state_dict()
+    for name, value in before.items():
+        plain, adapted = name, name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(value, after[adapted if adapted in after else plain]), name
+    assert any(value.abs().max() > 0 for name, value in after.items() if "lora_B" in name)
+
+
+def test_a_run_cut_off_and_resumed_is_the_run(workshop, tmp_path):
+    shutil.copytree(workshop / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"])
+    whole, resumed = weights(workshop / "run"), weights(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_whisper_listens_once_and_long_clips_are_left_out(workshop, monkeypatch):
+    recipe = train.read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    monkeypatch.setattr(model, "listen", None)  # to call it would fail
+    clips = train.PreparedClips(recipe.data.validation, recipe.data, model, processor, workshop / "prepared")
+    assert (len(clips), clips.dropped) == (11, 1)
+    heard = model.eval().__class__.listen(model, processor(audio=str(workshop / "7.flac"), text="").input_features)
+    place = [place[1] for place in clips.places].index(7)
+    assert torch.equal(clips[place]["hypothesis_ids"], heard.hypothesis_ids[0])
+    assert torch.allclose(clips[place]["audio_states"], heard.audio_states[0], atol=0.05)  # kept as bfloat16
+    assert clips[place]["text"] == SENTENCES[3][:18]
+
+
+def test_a_batch_is_the_same_whenever_it_is_drawn(workshop):
+    recipe = train.read_recipe(workshop / "recipe.yaml", ["data.input_noise=0.5"])
+    model, processor = train.load_model(recipe.model)
+    clips = train.PreparedClips(recipe.data.validation, recipe.data, model, processor, workshop / "prepared")
+    collate = train.Collator(processor, recipe.data)
+    first, again = (collate([clips[index] for index in (0, 4, 7)]) for _ in range(2))
+    assert first["fusion_mode"] == again["fusion_mode"]
+    assert torch.equal(first["input_ids"], again["input_ids"])
+    plain = processor(text=[clips[index]["text"] for index in (0, 4, 7)])
+    assert torch.equal(first["labels"], plain["labels"])
+    assert not torch.equal(first["input_ids"], plain["input_ids"])  # the noise
+    modes = {collate([clips[index]])["fusion_mode"] for index in range(11)}
+    assert modes == {"full", "causal"}
+
+
+def test_the_first_stage_spells_out_the_hypothesis(workshop):
+    recipe = train.read_recipe(workshop / "recipe.yaml", ["data.target=hypothesis", "data.input_noise=0"])
+    model, processor = train.load_model(recipe.model)
+    clips = train.PreparedClips(recipe.data.validation, recipe.data, model, processor, workshop / "prepared")
+    labels = train.Collator(processor, recipe.data)([clips[2]])["labels"][0]
+    assert processor.decode(labels[labels >= 0]) == processor.decode_hypothesis(clips[2]["hypothesis_ids"])
+
+
+def test_correction_reads_the_hypothesis_and_hears_nothing(workshop, tmp_path):
+    overrides = ["data.task=correction", "data.fusion_modes=[full]", f"training.output_dir={tmp_path / 'run'}"]
+    train.main([str(workshop / "recipe.yaml"), *overrides])
+    fused = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "run")
+    assert fused.fusion[0].v_proj.weight.abs().max() == 0
+    lora = [value for name, value in fused.named_parameters() if "lora_B" in name]
+    assert max(value.abs().max() for value in lora) > 0
+
+
+def test_an_earlier_run_can_be_gone_on_from_with_other_settings(workshop):
+    model, _ = train.load_model({"init_from": str(workshop / "run"), "alignment_lookahead": 3})
+    assert model.config.alignment_lookahead == 3
+    assert torch.equal(model.fusion[0].q_proj.weight, weights(workshop / "run")["fusion.0.q_proj.weight"])
+    with pytest.raises(ValueError, match="model.lookahead is no setting"):
+        train.load_model({"init_from": str(workshop / "run"), "lookahead": 3})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainin.max_steps=3", "the recipe has no 'trainin'; it knows model, data, training"),
+        ("data.targets=reference", "data has no 'targets'; it knows"),
+        ("data.target=both", "data.target is one of"),
+        ("data.task=translation", "data.task is one of"),
+        ("data.validation.dataset=google/fleurs", "data.validation is either a path or a dataset"),
+        ("training.max_steps", "an override is part.key=value"),
+    ],
+)
+def test_a_recipe_that_says_something_unknown_is_refused(workshop, override, message):
+    with pytest.raises(ValueError, match=message):
+        train.read_recipe(workshop / "recipe.yaml", [override])
+
+
+def test_a_manifest_without_the_named_column_lists_those_it_has(workshop):
+    source = train.Source(path=str(workshop / "manifest.jsonl"), text="transcription")
+    with pytest.raises(ValueError, match=r"no column 'transcription', only \['audio', 'text'\]"):
+        train.load_source(source)
+
+
+def test_the_projects_own_root_is_no_output(workshop, tmp_path):
+    (tmp_path / "voxkrikri.py").touch()
+    with pytest.raises(ValueError, match="project's own root"):
+        train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path}"])
