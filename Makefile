@@ -3,13 +3,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 SYSTEM := $(and $(wildcard /usr/bin/chromium),$(wildcard /usr/bin/espeak-ng))
 
-.PHONY: demo test check style
+OLDEST := 5.10.4
+
+.PHONY: demo test oldest check style
 
 demo: $(READY)
 	$(BIN)/python -m tools.transcribe examples/*.flac
 
 test: $(READY)
 	$(BIN)/python -m pytest $(if $(SYSTEM),,-m "not system")
+
+# The same tests with the oldest transformers that requirements.txt allows.
+oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest $(if $(SYSTEM),,-m "not system")
 
 check: $(READY)
 	$(BIN)/ruff check
@@ -22,4 +28,11 @@ style: $(READY)
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	touch $@
+
+.venv-oldest/.ready: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -viE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt >.venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --requirement requirements-dev.txt \
+		--constraint .venv-oldest/constraints.txt transformers==$(OLDEST)
 	touch $@

@@ -117,6 +117,7 @@ def test_llm(tokenizers, features, tmp_path, kind, changes):
 
 def test_any_of_several_ends_is_an_end(tokenizers, features):
     model = assemble(tokenizers, text=tiny_text_model(tokenizers.text, eos_token_id=[7, 8], pad_token_id=None))
+    assert model.end_token_ids == [7, 8]
     for end in (7, 8):
         raised = torch.zeros(model.config.text_config.vocab_size)
         raised[end] = 100.0
