@@ -112,16 +112,10 @@ def test_both_models_train_and_load(texts, spoken, tokenizers, tmp_path, monkeyp
         monkeypatch.setattr(text_model, name, value)
     tokenizers.speech.save_pretrained(tmp_path / "vocabulary" / "speech")
     tokenizers.text.save_pretrained(tmp_path / "vocabulary" / "text")
-    common = [
-        "--train",
-        str(spoken),
-        "--validation",
-        str(spoken),
-        "--tokenizer",
-        str(tmp_path / "vocabulary" / "speech"),
-    ]
+    common = ["--train", str(spoken), "--validation", str(spoken)]
     few = ["--steps", "2", "--batch-size", "2", "--save-steps", "2"]
-    speech_model.main([*common, *few, "--out", str(tmp_path / "speech")])
+    tokenizer = ["--tokenizer", str(tmp_path / "vocabulary" / "speech")]
+    speech_model.main([*common, *few, *tokenizer, "--out", str(tmp_path / "speech")])
     speech_model.main([*common, *few, "--init", str(tmp_path / "speech"), "--out", str(tmp_path / "further")])
     whisper = WhisperForConditionalGeneration.from_pretrained(tmp_path / "further")
     assert whisper.generation_config.alignment_heads and not whisper.config.apply_spec_augment

@@ -168,3 +168,32 @@ def test_the_projects_own_root_is_no_output(workshop, tmp_path):
     (tmp_path / "voxkrikri.py").touch()
     with pytest.raises(ValueError, match="project's own root"):
         train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path}"])
+
+
+def test_check_real_trains_and_scores_five_rows(workshop, tmp_path):
+    from tools import check_real
+
+    for split in ("train", "validation", "test"):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        lines = (workshop / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) | {"duration": 0.9} for index, line in enumerate(lines) if index != 5]
+        for entry in entries:
+            shutil.copy(workshop / entry["audio"], folder)
+        manifest = "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+        (folder / "manifest.jsonl").write_text(manifest + "\n", encoding="utf-8")
+    backbones = [f"model.speech={workshop / 'speech'}", f"model.text={workshop / 'text'}"]
+    quick = [
+        "training.max_steps=2",
+        "training.eval_strategy='no'",
+        "training.save_strategy='no'",
+        "training.use_cpu=true",
+    ]
+    check_real.run(tmp_path, [*backbones, *quick], ["--steps", "2", "--batch-size", "4", "--save-steps", "2"])
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["clips"] == 11
+    assert [row["row"][0] for row in results["rows"]] == ["1", "2", "3", "4", "5", "5", "6"]
+    assert all(0 < row["wer"]["low"] <= row["wer"]["value"] <= row["wer"]["high"] for row in results["rows"])
+    texts = [json.loads(line) for line in (tmp_path / "results" / "texts.jsonl").open(encoding="utf-8")]
+    assert len(texts) == 11 and {"reference", "1 Whisper", "4 VoxKrikri, full"} <= texts[0].keys()
+    assert (tmp_path / "results" / "results.png").stat().st_size > 1_000

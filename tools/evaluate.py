@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot
 from tqdm import tqdm
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from metrics.greek_wer.greek_wer import bootstrap, character_error_rate, paired_bootstrap, word_error_rate
 from train import correct
@@ -42,12 +43,12 @@ def load(folder: str) -> tuple[VoxKrikriForConditionalGeneration, VoxKrikriProce
 class Transcriber:
     """One model and what its Whisper heard in the clips."""
 
-    def __init__(self, folder: str, clips: list, batch_size: int):
+    def __init__(self, folder: str, clips: list, batch_size: int, language: str | None):
         self.model, self.processor = load(folder)
         self.batches = []
         for start in tqdm(range(0, len(clips), batch_size), desc=f"listening with {folder}", unit="batch"):
             features = self.processor(audio=clips[start : start + batch_size], sampling_rate=16_000).input_features
-            self.batches.append(self.model.listen(features))
+            self.batches.append(self.model.listen(features, language))
 
     def hypotheses(self) -> list[str]:
         return [self.processor.decode_hypothesis(ids) for batch in self.batches for ids in batch.hypothesis_ids]
@@ -64,14 +65,30 @@ class Transcriber:
         return texts
 
 
+def whisper_texts(folder: str, clips: list, batch_size: int, language: str | None) -> list[str]:
+    """What a Whisper by itself writes, greedily."""
+    model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = WhisperFeatureExtractor.from_pretrained(folder)
+    tokenizer = WhisperTokenizer.from_pretrained(folder)
+    texts = []
+    for start in tqdm(range(0, len(clips), batch_size), desc=folder, unit="batch"):
+        batch = extractor(clips[start : start + batch_size], sampling_rate=16_000, return_tensors="pt")
+        features = batch.input_features.to(model.device, model.dtype)
+        ids = model.generate(features, language=language, task="transcribe", return_timestamps=False)
+        texts += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return texts
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path, help=".jsonl with audio (relative to it) and text")
     parser.add_argument("--model", required=True, help="the VoxKrikri, rows 1, 4, 5 and 6")
-    parser.add_argument("--speech", help="a VoxKrikri whose Whisper was trained on the fusion's audio: row 2")
+    parser.add_argument("--speech", help="the Whisper trained further on the fusion's audio: row 2")
     parser.add_argument("--corrector", help="the LLM trained to correct the hypothesis without states: row 3")
     parser.add_argument("--random", help="the fusion trained with an LLM of random weights: row 7")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table, the plot and the texts")
+    parser.add_argument("--language", default="el", help="of the speech")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="only the first clips")
     args = parser.parse_args(argv)
@@ -80,11 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     clips = [load_audio(args.manifest.parent / entry["audio"]) for entry in entries]
     references = [entry["text"] for entry in entries]
 
-    fused = Transcriber(args.model, clips, args.batch_size)
+    fused = Transcriber(args.model, clips, args.batch_size, args.language)
     lookahead = fused.model.config.alignment_lookahead
     rows = [Row("1 Whisper", fused.hypotheses())]
     if args.speech:
-        rows.append(Row("2 Whisper, trained further", Transcriber(args.speech, clips, args.batch_size).hypotheses()))
+        texts = whisper_texts(args.speech, clips, args.batch_size, args.language)
+        rows.append(Row("2 Whisper, trained further", texts))
     if args.corrector:
         model, processor = load(args.corrector)
         batches = tqdm(range(0, len(clips), args.batch_size), desc="correction", unit="batch")
@@ -97,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         Row("6 full, another clip's states", fused.transcribe("shuffled", shift=1, fusion_mode="full")),
     ]
     if args.random:
-        untaught = Transcriber(args.random, clips, args.batch_size)
+        untaught = Transcriber(args.random, clips, args.batch_size, args.language)
         rows.append(Row("7 full, LLM of random weights", untaught.transcribe("random", fusion_mode="full")))
 
     results = []

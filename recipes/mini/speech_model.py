@@ -179,23 +179,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="folders made by recipes.mini.speak")
     parser.add_argument("--validation", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="folder of the vocabulary of a new Whisper")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="a Whisper to train further instead of a new one")
+    parser.add_argument("--init", help="folder or Hub id of a Whisper to train further instead of a new one")
+    parser.add_argument("--language", default="el", help="of the speech")
     parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--save-steps", type=int, default=1000)
     args = parser.parse_args(argv)
+    if (args.init is None) == (args.tokenizer is None):
+        parser.error("give --tokenizer for a new Whisper, or --init to train one further")
 
     torch.manual_seed(0)
-    tokenizer = WhisperTokenizer.from_pretrained(args.tokenizer)
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     if args.init is None:
+        tokenizer = WhisperTokenizer.from_pretrained(args.tokenizer)
+        extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
         model = WhisperWithCTC(build_config(tokenizer))
         model.generation_config = build_generation_config(model.config, tokenizer)
     else:
-        model = WhisperWithCTC.from_pretrained(args.init)  # the CTC head starts anew
+        tokenizer = WhisperTokenizer.from_pretrained(args.init, language=args.language, task="transcribe")
+        extractor = WhisperFeatureExtractor.from_pretrained(args.init)
+        model = WhisperWithCTC.from_pretrained(args.init, dtype=torch.float32)  # the CTC head starts anew
 
     def word_error_rate(prediction) -> dict[str, float]:
         texts = []
