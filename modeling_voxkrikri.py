@@ -10,6 +10,7 @@ After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXi
 """
 
 import copy
+import inspect
 import json
 import shutil
 from functools import partial
@@ -215,6 +216,12 @@ class VoxKrikriForConditionalGeneration(VoxKrikriGenerationMixin, PreTrainedMode
             raise ValueError(
                 f"{type(self.language_model).__name__} has no plain stack of decoder layers (get_decoder().layers), "
                 "after one of which the audio could be added: choose a decoder-only LLM such as Llama, Mistral or Qwen"
+            )
+        parameters = inspect.signature(layers[0].forward).parameters.values()
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            raise ValueError(
+                f"{type(layers[0]).__name__} takes no further keyword arguments, by which the audio would reach it: "
+                "choose a decoder-only LLM such as Llama, Mistral or Qwen"
             )
         return layers
 

@@ -303,13 +303,16 @@ class FusionTrainer(Trainer):
         for start in range(0, len(clips), self.args.per_device_eval_batch_size):
             stop = min(start + self.args.per_device_eval_batch_size, len(clips))
             if self.recipe.data.task == "correction":
-                yield from correct(model, self.processor, hypotheses[start:stop])
+                with self.compute_loss_context_manager():
+                    texts = correct(model, self.processor, hypotheses[start:stop])
+                yield from texts
                 continue
             batch = self.data_collator([clips[index] for index in range(start, stop)])
             names = ("audio_states", "state_lengths", "hypothesis_ids", "hypothesis_token_counts")
             audio = {name: batch[name].to(model.device) for name in names}
             longest = 2 * int(batch["hypothesis_token_counts"].max()) + 16  # an untrained model may never stop
-            ids = model.generate(fusion_mode=fusion_mode, max_new_tokens=longest, **audio)
+            with self.compute_loss_context_manager():
+                ids = model.generate(fusion_mode=fusion_mode, max_new_tokens=longest, **audio)
             yield from self.processor.batch_decode(ids)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -360,6 +363,9 @@ def main(argv: list[str] | None = None) -> None:
     train = ConcatDataset([clips for source in recipe.data.train for clips in [prepare(source)] * source.repeat])
     validation = prepare(recipe.data.validation)
     model.freeze_backbones()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in bfloat16 small updates would be rounded away
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(train)} clips; training {trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters")

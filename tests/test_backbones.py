@@ -219,3 +219,12 @@ def test_english_whisper(tokenizers, features, tmp_path):
     del ids.lang_to_id, ids.task_to_id, ids.language, ids.task
     again = check(assemble(tokenizers, speech=speech), features, tmp_path)
     assert again.speech_prefix(again.speech_model.model.encoder(features)).shape == (3, 2)
+
+
+def test_layers_that_audio_cannot_reach_are_refused(tokenizers, monkeypatch):
+    def forward(self, hidden_states, attention_mask=None):
+        return hidden_states
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward", forward)
+    with pytest.raises(ValueError, match="LlamaDecoderLayer takes no further keyword arguments"):
+        assemble(tokenizers)

@@ -411,4 +411,4 @@ def test_parts_that_do_not_fit_are_refused(processor):
     with pytest.raises(ValueError, match="two objects"):
         VoxKrikriProcessor(extractor, tokenizer, tokenizer)
     with pytest.raises(ValueError, match="got 8000"):
-        VoxKrikriProcessor(WhisperFeatureExtractor(sampling_rate=8_000), tokenizer, speech_tokenizer)
+        VoxKrikriProcessor(WhisperFeatureExtractor(feature_size=20, sampling_rate=8_000), tokenizer, speech_tokenizer)

@@ -89,6 +89,17 @@ def test_a_run_cut_off_and_resumed_is_the_run(workshop, tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
+def test_backbones_in_bfloat16_train_in_float32(workshop, tokenizers, tmp_path):
+    for part in (tiny_text_model(tokenizers.text).bfloat16(), tokenizers.text):
+        part.save_pretrained(tmp_path / "text")
+    overrides = [f"model.text={tmp_path / 'text'}", "training.bf16=true", "training.max_steps=2"]
+    train.main([str(workshop / "recipe.yaml"), *overrides, f"training.output_dir={tmp_path / 'run'}"])
+    kept = load_file(tmp_path / "run" / "checkpoint-2" / train.TRAINED_WEIGHTS)
+    assert {value.dtype for value in kept.values()} == {torch.float32}
+    model = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "run")
+    assert model.language_model.get_input_embeddings().weight.dtype == model.fusion[0].v_proj.weight.dtype
+
+
 def test_whisper_listens_once_and_long_clips_are_left_out(workshop, monkeypatch):
     recipe = train.read_recipe(workshop / "recipe.yaml", [])
     model, processor = train.load_model(recipe.model)
