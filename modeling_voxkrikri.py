@@ -617,14 +617,16 @@ class VoxKrikriForConditionalGeneration(VoxKrikriGenerationMixin, PreTrainedMode
             if value.data_ptr() not in seen or not value.numel():  # tied weights are written once
                 seen.add(value.data_ptr())
                 state[name] = value.contiguous()
-        parts = {"fusion": {name: value for name, value in state.items() if self._in_light(name)}}
-        if not light:
-            for part, prefix in (("speech", "speech_model."), ("text", "language_model.")):
-                parts[part] = {
-                    name: value
-                    for name, value in state.items()
-                    if name.startswith(prefix) and name not in parts["fusion"]
-                }
+        if light:
+            parts = {"fusion": {name: value for name, value in state.items() if self._in_light(name)}}
+        else:
+            prefixes = {"speech": "speech_model.", "text": "language_model."}
+            parts = {
+                part: {n: value for n, value in state.items() if n.startswith(prefix) and ".lora_" not in n}
+                for part, prefix in prefixes.items()
+            }
+            backbones = parts["speech"].keys() | parts["text"].keys()
+            parts["fusion"] = {name: value for name, value in state.items() if name not in backbones}
         files, weight_map = {}, {}
         for part, tensors in parts.items():
             shards = split_torch_state_dict_into_shards(
