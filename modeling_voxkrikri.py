@@ -9,16 +9,11 @@ After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXi
 * Every row of text carries t, its place in the transcript. Training, left padding, decoding one row or many: one code.
 """
 
-import copy
 import inspect
-import json
-import shutil
+import re
 from functools import partial
-from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -28,10 +23,12 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers import initialization as init
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .checkpoint_voxkrikri import VoxKrikriCheckpointMixin
 from .configuration_voxkrikri import FUSION_MODES, VoxKrikriConfig
 from .generation_voxkrikri import VoxKrikriGenerationMixin
 
@@ -160,18 +157,30 @@ class LoraLinear(nn.Module):
 
 
 def token_characters(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
-    """How many characters each token writes, `(vocab_size,)` int16; 0 for special tokens and pieces of a character."""
+    """How many characters each token writes, `(vocab_size,)` int16; 0 for special tokens.
+
+    A character split over several tokens counts where its first byte stands.
+    """
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1]  # some decoders drop a space before the first word
     anchor_length = len(tokenizer.decode([anchor]))
     special = set(tokenizer.all_special_ids)
     counts = torch.zeros(vocab_size, dtype=torch.int16)
     for token in range(min(len(tokenizer), vocab_size)):
-        if token not in special:
-            counts[token] = len(tokenizer.decode([anchor, token]).replace("\ufffd", "")) - anchor_length
+        if token in special:
+            continue
+        text = tokenizer.decode([anchor, token])[anchor_length:]
+        if "\ufffd" in text:  # a piece of bytes: "<0xCE>" in SentencePiece, else one letter a byte
+            piece = tokenizer.convert_ids_to_tokens(token)
+            single = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+            data = [int(single[1], 16)] if single else [byte_of.get(letter, 0) for letter in piece]
+            counts[token] = sum(byte & 0xC0 != 0x80 for byte in data)
+        else:
+            counts[token] = len(text)
     return counts
 
 
-class VoxKrikriForConditionalGeneration(VoxKrikriGenerationMixin, PreTrainedModel):
+class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGenerationMixin, PreTrainedModel):
     """Whisper, a decoder-only LLM, and the fusion between them.
 
     Assemble one with `from_pretrained_backbones`, reload it with `from_pretrained`.
@@ -533,137 +542,6 @@ class VoxKrikriForConditionalGeneration(VoxKrikriGenerationMixin, PreTrainedMode
         """In training the row that predicts the end sees every state, `(batch, rows)`."""
         ends = torch.isin(labels, torch.tensor(self.end_token_ids, device=labels.device))
         return nn.functional.pad(ends[:, 1:], (0, 1)) * state_lengths[:, None]
-
-    # ---- checkpoints
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', but a missing, unexpected or misshapen tensor raises instead of being made up.
-
-        A light checkpoint takes its backbones from the ids and revisions in its configuration.
-        """
-        config = kwargs.get("config")
-        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
-        if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        if config.light:
-            return cls._from_light(pretrained_model_name_or_path, config, hub, kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told here, and by name
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        problems = [
-            f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}"
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if info.get(kind)
-        ]
-        if problems:
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(problems)}): "
-                "take both from the same checkpoint"
-            )
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _from_light(cls, source, config: VoxKrikriConfig, hub: dict, kwargs: dict):
-        options = {name: value for name, value in hub.items() if name != "revision"}
-        options["dtype"] = kwargs.get("dtype", kwargs.get("torch_dtype", config.dtype))
-        if "attn_implementation" in kwargs:
-            options["attn_implementation"] = kwargs["attn_implementation"]
-        speech, text = config.speech_model_id, config.text_model_id
-        model = cls(
-            config,
-            WhisperForConditionalGeneration.from_pretrained(speech, revision=config.speech_model_revision, **options),
-            AutoModelForCausalLM.from_pretrained(text, revision=config.text_model_revision, **options),
-        )
-        model.fusion.to(model.language_model.dtype)
-        state = load_file(cached_file(source, "model-fusion.safetensors", **hub))
-        expected = {name: value for name, value in model.state_dict().items() if model._in_light(name)}
-        wrong = sorted(
-            name
-            for name in state.keys() | expected.keys()
-            if name not in state or name not in expected or state[name].shape != expected[name].shape
-        )
-        if wrong:
-            raise ValueError(f"the light weights in {source} do not fit its config.json: {wrong[:5]}")
-        model.load_state_dict(state, strict=False)
-        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
-        return model.eval()
-
-    def _in_light(self, name: str) -> bool:
-        return self.is_trained(name) or name in ("speech_characters", "token_characters")
-
-    def save_pretrained(
-        self, save_directory, light: bool | None = None, max_shard_size: str = "5GB", **kwargs
-    ) -> None:
-        """Writes configuration, code and weights, in shards by part: speech, text, fusion (with LoRA).
-
-        Args:
-            light: write what was trained alone; the backbones are then loaded from their ids. None: as assembled.
-
-        Raises:
-            ValueError: for a light checkpoint of backbones without an id, or for this repository's own root.
-        """
-        folder = Path(save_directory)
-        if (folder / "voxkrikri.py").exists():
-            raise ValueError(f"{folder} is the project's own root: save into a folder of its own")
-        light = self.config.light if light is None else light
-        if light and not (self.config.speech_model_id and self.config.text_model_id):
-            raise ValueError(
-                "a light checkpoint needs the backbones' ids: assemble the model from ids, or save with light=False"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        state, seen = {}, set()
-        for name, value in (kwargs.get("state_dict") or self.state_dict()).items():
-            if value.data_ptr() not in seen or not value.numel():  # tied weights are written once
-                seen.add(value.data_ptr())
-                state[name] = value.contiguous()
-        if light:
-            parts = {"fusion": {name: value for name, value in state.items() if self._in_light(name)}}
-        else:
-            prefixes = {"speech": "speech_model.", "text": "language_model."}
-            parts = {
-                part: {n: value for n, value in state.items() if n.startswith(prefix) and ".lora_" not in n}
-                for part, prefix in prefixes.items()
-            }
-            backbones = parts["speech"].keys() | parts["text"].keys()
-            parts["fusion"] = {name: value for name, value in state.items() if name not in backbones}
-        files, weight_map = {}, {}
-        for part, tensors in parts.items():
-            shards = split_torch_state_dict_into_shards(
-                tensors, filename_pattern=f"model-{part}{{suffix}}.safetensors", max_shard_size=max_shard_size
-            )
-            for file, names in shards.filename_to_tensors.items():
-                files[file] = {name: tensors[name] for name in names}
-                weight_map |= dict.fromkeys(names, file)
-        for file, tensors in files.items():
-            save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
-        for file in files:
-            (folder / f"{file}.partial").replace(folder / file)
-        for stale in folder.glob("model-*.safetensors"):
-            if stale.name not in files:
-                stale.unlink()
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        if light:
-            index.unlink(missing_ok=True)
-        else:
-            size = sum(value.numel() * value.element_size() for value in state.values())
-            index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
-        config = copy.deepcopy(self.config)
-        config.light, config.architectures = light, [type(self).__name__]
-        config.dtype = str(self.dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
-        self._save_code(folder)
-
-    def _save_code(self, folder: Path) -> None:
-        """Ships the Hub files: from beside this one or, where transformers copied this one alone, from the checkpoint."""
-        for room in ("configuration", "modeling", "generation", "processing", "transcription", "pipeline"):
-            name = f"{room}_voxkrikri.py"
-            source = Path(__file__).parent / name
-            if not source.exists():
-                source = Path(cached_file(self.config._name_or_path, name))
-            if source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
 
 
 def positions_from_labels(labels: torch.LongTensor) -> torch.LongTensor:

@@ -9,7 +9,7 @@ import torch
 from conftest import assemble, tiny_speech_model, tiny_text_model
 from safetensors.torch import load_file, save_file
 
-from voxkrikri import VoxKrikriForConditionalGeneration, modeling_voxkrikri
+from voxkrikri import VoxKrikriForConditionalGeneration, checkpoint_voxkrikri, modeling_voxkrikri
 
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -26,7 +26,7 @@ CONTENTS = [
 FORMS = pytest.mark.parametrize("light", [False, True], ids=["whole", "light"])
 HUB_FILES = {
     f"{room}_voxkrikri.py"
-    for room in ("configuration", "modeling", "generation", "processing", "transcription", "pipeline")
+    for room in ("configuration", "modeling", "checkpoint", "generation", "processing", "transcription", "pipeline")
 }
 
 
@@ -234,7 +234,7 @@ def test_a_killed_save_harms_nothing(tokenizers, features, tmp_path, monkeypatch
 
     other = copy.deepcopy(model)
     stir(other)
-    monkeypatch.setattr(modeling_voxkrikri, "save_file", write_half)
+    monkeypatch.setattr(checkpoint_voxkrikri, "save_file", write_half)
     for folder in ("old", "new"):
         with pytest.raises(KeyboardInterrupt):
             other.save_pretrained(tmp_path / folder)
