@@ -215,7 +215,7 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         self.register_buffer("speech_characters", torch.zeros(config.speech_config.vocab_size, dtype=torch.int16))
         self.register_buffer("token_characters", torch.zeros(config.text_config.vocab_size, dtype=torch.int16))
         if config.lora is not None:
-            self._add_lora()
+            self.add_lora(config.lora)
         self.post_init()
 
     def _decoder_layers(self) -> nn.ModuleList:
@@ -234,20 +234,21 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
             )
         return layers
 
-    def _add_lora(self) -> None:
+    def add_lora(self, lora: dict) -> None:
+        """Puts an adapter beside linear layers of the LLM, which at first changes nothing. `lora`: LoraConfig's settings."""
+        self.config.lora = lora
         if LoraConfig is not None:
-            inject_adapter_in_model(LoraConfig(**self.config.lora), self.language_model)
+            inject_adapter_in_model(LoraConfig(**lora), self.language_model)
         else:
-            unknown = self.config.lora.keys() - {"r", "lora_alpha", "lora_dropout", "target_modules"}
+            unknown = lora.keys() - {"r", "lora_alpha", "lora_dropout", "target_modules"}
             if unknown:
                 raise ValueError(f"the LoRA options {sorted(unknown)} need the peft package: pip install peft")
-            targets = self.config.lora["target_modules"]
+            targets = lora["target_modules"]
             linears = [(name, m) for name, m in self.language_model.named_modules() if isinstance(m, nn.Linear)]
             for name, linear in linears:
                 head = linear is self.language_model.get_output_embeddings()
                 if not head if targets == "all-linear" else name.split(".")[-1] in targets:
-                    adapted = LoraLinear(linear, self.config.lora["r"], self.config.lora["lora_alpha"])
-                    self.language_model.set_submodule(name, adapted)
+                    self.language_model.set_submodule(name, LoraLinear(linear, lora["r"], lora["lora_alpha"]))
         for name, module in self.language_model.named_modules():
             if ".lora_" in name:
                 module._is_hf_initialized = True  # peft has done it: B starts at zero

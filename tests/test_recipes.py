@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import SENTENCES
 from transformers import AutoTokenizer, LlamaForCausalLM, WhisperForConditionalGeneration
 
-from recipes.mini import speech_model, text_model
+from recipes.mini import release, speech_model, text_model
 from recipes.mini.speak import NOISES, RATES, ROOMS, TEST_NOISE, TEST_ROOM, VOICES, make_noise, room_response
 from recipes.mini.speak import main as speak
+from voxkrikri import VoxKrikriForConditionalGeneration, VoxKrikriProcessor
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,15 @@ def test_both_models_train_and_load(texts, spoken, tokenizers, tmp_path, monkeyp
         text_model.main([*text, "--epochs", epochs, "--out", str(tmp_path / f"text{epochs}")])
         llm = LlamaForCausalLM.from_pretrained(tmp_path / f"text{epochs}")
         assert llm.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / f"text{epochs}"))
+
+
+def test_release_stores_bfloat16_and_loads_float32(tiny, tmp_path):
+    release.main([str(tiny.folder), "--root", str(tmp_path / "root")])
+    assert {path.name for path in (tmp_path / "root").glob("model-*")} == {
+        f"model-{part}.safetensors" for part in ("speech", "text", "fusion")
+    }
+    again = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "root")
+    assert again.dtype == torch.float32 and again.config.speech_model_id is None
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, tiny.model.state_dict()[name].to(torch.bfloat16).to(value.dtype)), name
+    assert VoxKrikriProcessor.from_pretrained(tmp_path / "root").decode([5, 6]) == tiny.processor.decode([5, 6])

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor
 
 import train
+from training.data import PreparedClips, load_source, mix, prepare
+from training.recipe import Source, read_recipe
+from training.trainer import TRAINED_WEIGHTS, Collator
 from voxkrikri import VoxKrikriForConditionalGeneration
 
 
@@ -41,7 +45,12 @@ def workshop(tmp_path_factory, tokenizers):
             "alignment_prior": True,
             "lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
         },
-        "data": {"train": [source], "validation": dict(source), "input_noise": 0.2},
+        "data": {
+            "train": [source],
+            "validation": dict(source),
+            "input_noise": 0.2,
+            "max_characters_per_second": 100,
+        },
         "prepared": str(folder / "prepared"),
         "learning_rates": {"fusion": 3.0e-3},
         "training": {
@@ -57,6 +66,11 @@ def workshop(tmp_path_factory, tokenizers):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     train.main([str(folder / "recipe.yaml")])
     return folder
+
+
+def prepared(workshop, recipe, model, processor) -> PreparedClips:
+    paths = prepare(recipe.data.validation[0], recipe.data, model, processor, workshop / "prepared")
+    return PreparedClips("validation", paths, recipe.data)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -82,6 +96,7 @@ def test_only_fusion_and_lora_have_changed(workshop):
 
 def test_a_run_cut_off_and_resumed_is_the_run(workshop, tmp_path):
     shutil.copytree(workshop / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    shutil.copy(workshop / "run" / "recipe.yaml", tmp_path / "run")
     train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"])
     whole, resumed = weights(workshop / "run"), weights(tmp_path / "run")
     assert whole.keys() == resumed.keys()
@@ -94,30 +109,30 @@ def test_backbones_in_bfloat16_train_in_float32(workshop, tokenizers, tmp_path):
         part.save_pretrained(tmp_path / "text")
     overrides = [f"model.text={tmp_path / 'text'}", "training.bf16=true", "training.max_steps=2"]
     train.main([str(workshop / "recipe.yaml"), *overrides, f"training.output_dir={tmp_path / 'run'}"])
-    kept = load_file(tmp_path / "run" / "checkpoint-2" / train.TRAINED_WEIGHTS)
+    kept = load_file(tmp_path / "run" / "checkpoint-2" / TRAINED_WEIGHTS)
     assert {value.dtype for value in kept.values()} == {torch.float32}
     model = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert model.language_model.get_input_embeddings().weight.dtype == model.fusion[0].v_proj.weight.dtype
 
 
 def test_whisper_listens_once_and_long_clips_are_left_out(workshop, monkeypatch):
-    recipe = train.read_recipe(workshop / "recipe.yaml", [])
+    recipe = read_recipe(workshop / "recipe.yaml", [])
     model, processor = train.load_model(recipe.model)
     monkeypatch.setattr(model, "listen", None)  # to call it would fail
-    clips = train.PreparedClips(recipe.data.validation, recipe.data, model, processor, workshop / "prepared")
-    assert (len(clips), clips.dropped) == (11, 1)
+    clips = prepared(workshop, recipe, model, processor)
+    assert len(clips) == 11 and clips.dropped == {"longer than Whisper's window of 1 s": 1}
     heard = model.eval().__class__.listen(model, processor(audio=str(workshop / "7.flac"), text="").input_features)
-    place = [place[1] for place in clips.places].index(7)
+    place = [clip["audio"] for clip in clips.clips].index(str(workshop / "7.flac"))
     assert torch.equal(clips[place]["hypothesis_ids"], heard.hypothesis_ids[0])
     assert torch.allclose(clips[place]["audio_states"], heard.audio_states[0], atol=0.05)  # kept as bfloat16
     assert clips[place]["text"] == SENTENCES[3][:18]
 
 
 def test_a_batch_is_the_same_whenever_it_is_drawn(workshop):
-    recipe = train.read_recipe(workshop / "recipe.yaml", ["data.input_noise=0.5"])
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.input_noise=0.5"])
     model, processor = train.load_model(recipe.model)
-    clips = train.PreparedClips(recipe.data.validation, recipe.data, model, processor, workshop / "prepared")
-    collate = train.Collator(processor, recipe.data)
+    clips = prepared(workshop, recipe, model, processor)
+    collate = Collator(processor, recipe.data)
     first, again = (collate([clips[index] for index in (0, 4, 7)]) for _ in range(2))
     assert first["fusion_mode"] == again["fusion_mode"]
     assert torch.equal(first["input_ids"], again["input_ids"])
@@ -129,10 +144,10 @@ def test_a_batch_is_the_same_whenever_it_is_drawn(workshop):
 
 
 def test_the_first_stage_spells_out_the_hypothesis(workshop):
-    recipe = train.read_recipe(workshop / "recipe.yaml", ["data.target=hypothesis", "data.input_noise=0"])
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.target=hypothesis", "data.input_noise=0"])
     model, processor = train.load_model(recipe.model)
-    clips = train.PreparedClips(recipe.data.validation, recipe.data, model, processor, workshop / "prepared")
-    labels = train.Collator(processor, recipe.data)([clips[2]])["labels"][0]
+    clips = prepared(workshop, recipe, model, processor)
+    labels = Collator(processor, recipe.data)([clips[2]])["labels"][0]
     assert processor.decode(labels[labels >= 0]) == processor.decode_hypothesis(clips[2]["hypothesis_ids"])
 
 
@@ -149,15 +164,15 @@ def test_an_earlier_run_can_be_gone_on_from_with_other_settings(workshop):
     model, _ = train.load_model({"init_from": str(workshop / "run"), "alignment_lookahead": 3})
     assert model.config.alignment_lookahead == 3
     assert torch.equal(model.fusion[0].q_proj.weight, weights(workshop / "run")["fusion.0.q_proj.weight"])
-    with pytest.raises(ValueError, match="model.lookahead is no setting"):
+    with pytest.raises(ValueError, match="model has no 'lookahead': did you mean 'alignment_lookahead'"):
         train.load_model({"init_from": str(workshop / "run"), "lookahead": 3})
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainin.max_steps=3", "the recipe has no 'trainin'; it knows model, data, training"),
-        ("data.targets=reference", "data has no 'targets'; it knows"),
+        ("trainin.max_steps=3", "the recipe has no 'trainin': did you mean 'training'"),
+        ("data.targets=reference", "data has no 'targets': did you mean 'target'"),
         ("data.target=both", "data.target is one of"),
         ("data.task=translation", "data.task is one of"),
         ("data.validation.dataset=google/fleurs", "data.validation is either a path or a dataset"),
@@ -166,13 +181,129 @@ def test_an_earlier_run_can_be_gone_on_from_with_other_settings(workshop):
 )
 def test_a_recipe_that_says_something_unknown_is_refused(workshop, override, message):
     with pytest.raises(ValueError, match=message):
-        train.read_recipe(workshop / "recipe.yaml", [override])
+        read_recipe(workshop / "recipe.yaml", [override])
 
 
 def test_a_manifest_without_the_named_column_lists_those_it_has(workshop):
-    source = train.Source(path=str(workshop / "manifest.jsonl"), text="transcription")
+    source = Source(path=str(workshop / "manifest.jsonl"), text="transcription")
     with pytest.raises(ValueError, match=r"no column 'transcription', only \['audio', 'text'\]"):
-        train.load_source(source)
+        load_source(source)
+
+
+def test_a_bad_line_of_a_manifest_is_named(tmp_path):
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"audio": "a.wav", "text": "α"}\n{"audio": "b.wav", "text": \n', encoding="utf-8")
+    with pytest.raises(ValueError, match="manifest.jsonl, line 2 is not JSON"):
+        load_source(Source(path=str(manifest)))
+
+
+def write_manifest(workshop, folder, count: int, **changes) -> Source:
+    """The first clips of the workshop's manifest; `changes` are entries (by index) that replace some."""
+    lines = [json.loads(line) for line in (workshop / "manifest.jsonl").open(encoding="utf-8")][:count]
+    lines = [line | {"audio": str(workshop / line["audio"])} for line in lines]
+    for index, change in changes.items():
+        lines[int(index.removeprefix("clip_"))] |= change
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return Source(path=str(path))
+
+
+def test_clips_that_cannot_serve_are_left_out_and_counted_by_reason(workshop, tmp_path):
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.max_unreadable_share=0.2"])
+    model, processor = train.load_model(recipe.model)
+    (tmp_path / "notes.flac").write_text("no audio")
+    source = write_manifest(
+        workshop,
+        tmp_path,
+        8,
+        clip_0={"text": SENTENCES[2] * 9},
+        clip_1={"text": " "},
+        clip_2={"audio": str(tmp_path / "notes.flac")},
+    )
+    paths = prepare(source, recipe.data, model, processor, tmp_path / "prepared")
+    clips = PreparedClips("clips", paths, recipe.data)
+    assert len(clips) == 4 and sorted(clips.dropped.values()) == [1, 1, 1, 1]
+    for reason in ("characters a second", "without a text", "unreadable", "longer than Whisper's window"):
+        assert reason in clips.report()
+    recipe.data.keep_empty_text = True
+    assert len(PreparedClips("clips", paths, recipe.data)) == 5
+    recipe.data.max_unreadable_share = 0.1
+    with pytest.raises(ValueError, match="1 of the 8 clips of clips cannot be read.*notes.flac"):
+        PreparedClips("clips", paths, recipe.data)
+
+
+def test_a_manifest_that_grows_is_not_heard_again(workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.CLIPS_PER_SHARD", 3)
+    recipe = read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    first = prepare(write_manifest(workshop, tmp_path, 6), recipe.data, model, processor, tmp_path / "prepared")
+    again = prepare(write_manifest(workshop, tmp_path, 8), recipe.data, model, processor, tmp_path / "prepared")
+    assert first == again[:2] and len(again) == 3
+    changed = prepare(
+        write_manifest(workshop, tmp_path, 6, clip_4={"text": "άλλο"}),
+        recipe.data,
+        model,
+        processor,
+        tmp_path / "prepared",
+    )
+    assert changed[0] == first[0] and changed[1] != first[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_gives_what_its_manifest_gives(workshop, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("training.data.CLIPS_PER_SHARD", 5)
+    entries = [json.loads(line) for line in (workshop / "manifest.jsonl").open(encoding="utf-8")]
+    rows = {
+        "sound": [{"bytes": (workshop / entry["audio"]).read_bytes(), "path": entry["audio"]} for entry in entries],
+        "words": [entry["text"] for entry in entries],
+    }
+    (tmp_path / "clips").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "clips" / "train.parquet")
+    recipe = read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    source = Source(dataset=str(tmp_path / "clips"), audio="sound", text="words", streaming=streaming)
+    for _ in range(2):  # made, then found
+        paths = prepare(source, recipe.data, model, processor, tmp_path / "prepared")
+        clips, same = PreparedClips("clips", paths, recipe.data), prepared(workshop, recipe, model, processor)
+        assert len(paths) == 3 and clips.dropped == same.dropped
+        for index in range(len(same)):
+            assert torch.equal(clips[index]["audio_states"], same[index]["audio_states"])
+            assert clips[index]["text"] == same[index]["text"]
+
+
+def test_sources_are_mixed_by_weight_and_hours(workshop):
+    recipe = read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    clips = prepared(workshop, recipe, model, processor)
+    assert len(mix([Source(path="x"), Source(path="x", weight=2.5)], [clips, clips])) == 11 + 22 + 6
+    seconds = sum(clip["seconds"] for clip in clips.clips)
+    half = mix([Source(path="x", hours=seconds / 7200)], [clips])
+    assert 0 < len(half) < 11
+    texts = [item["seed"] for item in half]
+    assert len(set(texts)) == len(texts) and texts == [
+        item["seed"] for item in mix([Source(path="x", hours=seconds / 7200)], [clips])
+    ]
+
+
+def test_lora_may_be_added_after_a_first_stage(workshop, tmp_path):
+    overrides = ["model.lora=null", "training.max_steps=2", f"training.output_dir={tmp_path / 'run'}"]
+    train.main([str(workshop / "recipe.yaml"), *overrides])
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    plain, _ = train.load_model({"init_from": str(tmp_path / "run")})
+    adapted, _ = train.load_model({"init_from": str(tmp_path / "run"), "lora": lora})
+    ids = torch.arange(5, 12)[None]
+    assert torch.equal(plain(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    adapted.save_pretrained(tmp_path / "adapted")
+    again = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "adapted")
+    assert again.config.lora == lora and any("lora_B" in name for name, _ in again.named_parameters())
+
+
+def test_a_folder_with_another_run_is_refused(workshop, tmp_path):
+    with pytest.raises(ValueError, match="another recipe: data of .*recipe.yaml differ"):
+        train.main([str(workshop / "recipe.yaml"), "data.input_noise=0.3"])
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no run of a recipe"):
+        train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path}"])
 
 
 def test_the_projects_own_root_is_no_output(workshop, tmp_path):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import train
 from recipes.mini import speech_model
 from tools import evaluate
+from training.recipe import read_recipe
 from voxkrikri.processing_voxkrikri import SAMPLE_RATE, load_audio
 
 
@@ -76,7 +77,7 @@ def run(out: Path, overrides: list[str], whisper: list[str]) -> None:
     fuse("spell", "data.target=hypothesis")
     fuse("fusion", f"model={{init_from: {out / 'spell'}}}")
     fuse("correction", "data.task=correction", "data.fusion_modes=[full]")
-    speech = train.read_recipe(RECIPE, common).model["speech"]
+    speech = read_recipe(RECIPE, common).model["speech"]
     if not (out / "whisper" / "config.json").exists():
         folders = ["--train", str(out / "data/train"), "--validation", str(out / "data/validation")]
         speech_model.main(["--init", speech, *folders, "--out", str(out / "whisper"), *whisper])

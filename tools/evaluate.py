@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from metrics.greek_wer.greek_wer import bootstrap, character_error_rate, paired_bootstrap, word_error_rate
-from train import correct
+from training.trainer import correct
 from voxkrikri import VoxKrikriForConditionalGeneration, VoxKrikriProcessor
 from voxkrikri.generation_voxkrikri import VoxKrikriAudio
 from voxkrikri.processing_voxkrikri import load_audio

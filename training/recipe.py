@@ -1,0 +1,115 @@
+"""What a recipe says: its four parts, its keys, and what it refuses.
+
+A recipe is a YAML file; `part.key=value` on the command line overrides it. `model` holds backbones and fusion, or
+`init_from`; `data` the clips and what is learnt from them; `prepared` where hypotheses and states are kept; `training`
+transformers' TrainingArguments.
+"""
+
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
+
+TASKS = ("fusion", "correction")
+TARGETS = ("reference", "hypothesis")
+
+
+@dataclass
+class Source:
+    """Clips and transcripts: a manifest (`path` to .jsonl, .csv or .parquet) or a dataset on the Hub."""
+
+    path: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    streaming: bool = False  # a dataset is read as it comes, without a copy on the disk
+    audio: str = "audio"
+    text: str = "text"
+    weight: float = 1.0  # how often its clips come in an epoch; 0.5 is a half of them, drawn once
+    hours: float | None = None  # at most so many, drawn once
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).resolve().parent.name if self.path else self.dataset.replace("/", "--")
+
+
+@dataclass
+class Data:
+    train: list[Source]
+    validation: list[Source]
+    task: str = "fusion"  # or "correction": the hypothesis is the prompt and no states are heard, for comparison
+    target: str = "reference"  # or "hypothesis": a first stage that learns to spell out what the states say
+    language: str | None = None
+    input_noise: float = 0.0  # share of the input text tokens taken from the hypothesis instead
+    fusion_modes: list[str] = field(default_factory=lambda: ["full", "causal"])  # one drawn for every batch
+    listen_batch_size: int = 16
+    min_seconds: float = 0.1
+    max_seconds: float | None = None  # Whisper's window is the limit in any case
+    max_characters_per_second: float = 35.0  # of the transcript: beyond it, it is another clip's
+    keep_empty_text: bool = False  # clips of silence or noise, from which to learn to write nothing
+    max_unreadable_share: float = 0.02  # more unreadable clips than that stop the run
+
+
+@dataclass
+class Recipe:
+    """What a YAML file holds. `model` has `speech`, `text` and the fusion's settings, or `init_from`."""
+
+    model: dict
+    data: Data
+    training: dict
+    prepared: str = "data/prepared"
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of "fusion" and "text", where they differ
+
+
+def check_names(given: dict | set, known: list[str], where: str) -> None:
+    """Raises a ValueError for the first name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
+            raise ValueError(f"{where} has no {name!r}: {hint}")
+
+
+def read_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """The recipe with `part.key=value` overrides applied; values are YAML.
+
+    Raises:
+        ValueError: for a key that no recipe has, an override without "=", or a data source of neither kind.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override is part.key=value, got {override!r}")
+        *parents, key = name.split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = yaml.safe_load(value)
+
+    def build(kind: type, values: dict, where: str):
+        check_names(values, [known.name for known in fields(kind)], f"{path}: {where}")
+        needed = [known.name for known in fields(kind) if known.default is known.default_factory is MISSING]
+        for name in needed:
+            if name not in values:
+                raise ValueError(f"{path}: {where} needs {name!r} (all it needs: {', '.join(needed)})")
+        return kind(**values)
+
+    def build_sources(values: dict | list[dict], where: str) -> list[Source]:
+        sources = [build(Source, entry, where) for entry in (values if isinstance(values, list) else [values])]
+        for source in sources:
+            if (source.path is None) == (source.dataset is None):
+                raise ValueError(f"{path}: {where} is either a path or a dataset")
+        return sources
+
+    recipe = build(Recipe, content, "the recipe")
+    recipe.data = build(Data, recipe.data, "data")
+    for part in ("train", "validation"):
+        setattr(recipe.data, part, build_sources(getattr(recipe.data, part), f"a source in data.{part}"))
+    for name, known in (("task", TASKS), ("target", TARGETS)):
+        if getattr(recipe.data, name) not in known:
+            raise ValueError(f"{path}: data.{name} is one of {known}, got {getattr(recipe.data, name)!r}")
+    return recipe

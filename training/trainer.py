@@ -1,0 +1,138 @@
+"""What is learnt from a clip, and transformers' Trainer around it."""
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer
+
+from metrics.greek_wer.greek_wer import character_error_rate, word_error_rate
+from training.data import PreparedClips
+from training.recipe import Data, Recipe
+from voxkrikri import VoxKrikriProcessor
+
+
+TRAINED_WEIGHTS = "trained.safetensors"
+
+
+def correction_prompts(hypotheses: list[str]) -> list[str]:
+    """What the LLM reads where it corrects text alone."""
+    return [f"{hypothesis}\n" for hypothesis in hypotheses]
+
+
+@torch.no_grad()
+def correct(model, processor: VoxKrikriProcessor, hypotheses: list[str], **kwargs) -> list[str]:
+    """Text-only correction: the LLM writes after the hypothesis and hears nothing."""
+    inputs = processor(prompt=correction_prompts(hypotheses)).to(model.device)
+    config = copy.deepcopy(model.generation_config)
+    ids = model.language_model.generate(**inputs, generation_config=config, **kwargs)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
+
+
+class Collator:
+    """Items to a batch: prompt, transcript and end; states; and the mode of fusion, drawn by the batch's own content."""
+
+    def __init__(self, processor: VoxKrikriProcessor, data: Data):
+        self.processor, self.data = processor, data
+
+    def __call__(self, items: list[dict]) -> dict:
+        hypotheses = [self.processor.decode_hypothesis(item["hypothesis_ids"]) for item in items]
+        targets = hypotheses if self.data.target == "hypothesis" else [item["text"] for item in items]
+        if self.data.task == "correction":
+            return dict(self.processor(text=targets, prompt=correction_prompts(hypotheses)))
+        batch = dict(self.processor(text=targets))
+        rng = random.Random(str([item["seed"] for item in items]))  # the same after a resume
+        if self.data.input_noise:
+            drafts = self.processor(text=hypotheses)["labels"]
+            for ids, labels, draft in zip(batch["input_ids"], batch["labels"], drafts, strict=True):
+                places, draft = (labels >= 0).nonzero().flatten()[:-1], draft[draft >= 0][:-1]
+                for order, place in enumerate(places.tolist()):
+                    if len(draft) and rng.random() < self.data.input_noise:
+                        ids[place] = draft[order * len(draft) // len(places)]
+        end = self.processor.speech_tokenizer.eos_token_id
+        batch["fusion_mode"] = rng.choice(self.data.fusion_modes)
+        batch["hypothesis_token_counts"] = torch.tensor(self.processor.hypothesis_token_counts(hypotheses))
+        batch["audio_states"] = pad_sequence([item["audio_states"] for item in items], batch_first=True)
+        batch["state_lengths"] = torch.tensor([len(item["audio_states"]) for item in items])
+        batch["hypothesis_ids"] = pad_sequence(
+            [item["hypothesis_ids"] for item in items], batch_first=True, padding_value=end
+        )
+        return batch
+
+
+class FusionTrainer(Trainer):
+    """transformers' Trainer with a learning rate a part, checkpoints of what is trained, and WER by generation."""
+
+    def __init__(self, *args, processor: VoxKrikriProcessor, recipe: Recipe, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.processor, self.recipe = processor, recipe
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        parts = {"fusion": [], "text": []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parts["fusion" if name.startswith("fusion.") else "text"].append(parameter)
+        rates = {"fusion": self.args.learning_rate, "text": self.args.learning_rate} | self.recipe.learning_rates
+        groups = [{"params": parameters, "lr": rates[part]} for part, parameters in parts.items() if parameters]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(self.args.adam_beta1, self.args.adam_beta2), weight_decay=self.args.weight_decay
+        )
+        return self.optimizer
+
+    def transcribe(self, clips: PreparedClips, fusion_mode: str) -> Iterator[str]:
+        model = self.model.eval()
+        for start in range(0, len(clips), self.args.per_device_eval_batch_size):
+            stop = min(start + self.args.per_device_eval_batch_size, len(clips))
+            if self.recipe.data.task == "correction":
+                with self.compute_loss_context_manager():
+                    hypotheses = [clip["hypothesis"] for clip in clips.clips[start:stop]]
+                    texts = correct(model, self.processor, hypotheses)
+                yield from texts
+                continue
+            batch = self.data_collator([clips[index] for index in range(start, stop)])
+            names = ("audio_states", "state_lengths", "hypothesis_ids", "hypothesis_token_counts")
+            audio = {name: batch[name].to(model.device) for name in names}
+            longest = 2 * int(batch["hypothesis_token_counts"].max()) + 16  # an untrained model may never stop
+            with self.compute_loss_context_manager():
+                ids = model.generate(fusion_mode=fusion_mode, max_new_tokens=longest, **audio)
+            yield from self.processor.batch_decode(ids)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and error rates of every validation set, in every mode that is trained; `eval_wer` is their mean.
+
+        A set's own figures carry its name where there are several: `eval_fleurs_wer_full`.
+        """
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        rates = {}
+        for clips in sets:
+            prefix = metric_key_prefix if len(sets) == 1 else f"{metric_key_prefix}_{clips.name}"
+            rates |= super().evaluate(clips, ignore_keys, prefix)
+            references = [clip["text"] for clip in clips.clips]
+            heard = [clip["hypothesis"] for clip in clips.clips]
+            rates[f"{prefix}_wer_hypothesis"] = word_error_rate(references, heard)
+            for mode in self.recipe.data.fusion_modes:
+                texts = list(self.transcribe(clips, mode))
+                rates[f"{prefix}_wer_{mode}"] = word_error_rate(references, texts)
+                rates[f"{prefix}_cer_{mode}"] = character_error_rate(references, texts)
+            rates[f"{prefix}_wer"] = min(rates[f"{prefix}_wer_{mode}"] for mode in self.recipe.data.fusion_modes)
+        if len(sets) > 1:
+            for name in ("loss", "wer"):
+                values = [rates[f"{metric_key_prefix}_{clips.name}_{name}"] for clips in sets]
+                rates[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        self.log(rates)
+        return rates
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.model.trained_state_dict(), folder / TRAINED_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS), strict=False)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
