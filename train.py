@@ -2,7 +2,8 @@
 
     python train.py recipes/mini/fusion.yaml
     python train.py recipes/mini/fusion.yaml training.learning_rate=5e-4 data.target=hypothesis   # overrides
-    python train.py prepare recipes/mini/fusion.yaml   # only listen to the clips, and keep what Whisper made of them
+    python train.py recipes/mini/fusion.yaml --plan     # what it will need; nothing is downloaded or trained
+    python train.py prepare recipes/mini/fusion.yaml    # only listen to the clips, and keep what Whisper made of them
 
 Recipes: `training/recipe.py`. Whisper is frozen, so it listens to each clip once: `training/data.py`. Started again on
 the same output folder, a run goes on where it was stopped.
@@ -15,11 +16,13 @@ from dataclasses import asdict, fields
 from inspect import signature
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import AutoTokenizer, TrainingArguments, WhisperFeatureExtractor, WhisperTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.data import PreparedClips, mix, prepare
+from training.plan import plan
 from training.recipe import Recipe, Source, check_names, read_recipe
 from training.trainer import Collator, FusionTrainer
 from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration, VoxKrikriProcessor
@@ -84,13 +87,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="part.key=value, such as training.max_steps=100")
+    parser.add_argument("--plan", action="store_true", help="print parameters, memory, disk, hours, licences and stop")
+    parser.add_argument(
+        "--card", type=float, metavar="GIB", help="for --plan: memory of another card than the one at hand"
+    )
     arguments = parser.parse_args(argv[only_prepare:])
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     known = [known.name for known in fields(TrainingArguments) if known.init]
     check_names(recipe.training, known, f"{arguments.recipe}: training")
-    args = TrainingArguments(
-        **{"report_to": "none", "remove_unused_columns": False, "label_names": ["labels"]} | recipe.training
-    )
+    defaults = {
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    args = TrainingArguments(**defaults | recipe.training)
+    if arguments.plan:
+        print(plan(recipe, args, arguments.card))
+        return
     output = Path(args.output_dir)
     if not only_prepare and args.process_index == 0:
         claim_output(output, recipe)

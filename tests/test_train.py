@@ -11,12 +11,14 @@ import torch
 import yaml
 from conftest import SENTENCES, tiny_speech_model, tiny_text_model
 from safetensors.torch import load_file
-from transformers import WhisperFeatureExtractor
+from transformers import TrainingArguments, WhisperFeatureExtractor
 
 import train
+from tools.parameters import paper_config
 from training.data import PreparedClips, load_source, mix, prepare
+from training.plan import count_parameters, estimate_memory
 from training.recipe import Source, read_recipe
-from training.trainer import TRAINED_WEIGHTS, Collator
+from training.trainer import TRAINED_WEIGHTS, Collator, reference_prefix
 from voxkrikri import VoxKrikriForConditionalGeneration
 
 
@@ -149,6 +151,51 @@ def test_the_first_stage_spells_out_the_hypothesis(workshop):
     clips = prepared(workshop, recipe, model, processor)
     labels = Collator(processor, recipe.data)([clips[2]])["labels"][0]
     assert processor.decode(labels[labels >= 0]) == processor.decode_hypothesis(clips[2]["hypothesis_ids"])
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "words", "expected"),
+    [
+        ("ο σκύλος γαβγίζει τη νύχτα", 3, "Ο σκύλος γάβγιζε"),
+        ("ο σκύλος κοιμάται και γάβγιζε όλη τη νύχτα", 4, "Ο σκύλος"),  # two words that nobody said
+        ("ο σκύλος τη νύχτα", 3, "Ο σκύλος γάβγιζε όλη τη"),  # two that were not heard
+        ("ο σκύλος γάβγιζε όλη τη νύχτα", 0, ""),
+        ("", 0, ""),
+    ],
+)
+def test_a_prefix_of_the_hypothesis_stands_for_words_of_the_reference(hypothesis, words, expected):
+    assert reference_prefix("Ο σκύλος γάβγιζε όλη τη νύχτα.", hypothesis, words) == expected
+
+
+def test_a_cut_clip_has_fewer_states_and_no_end(workshop):
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.prefix_share=1", "data.input_noise=0"])
+    _, processor = train.load_model(recipe.model)
+    ids = processor.speech_tokenizer(SENTENCES[0], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    item = {"seed": 0, "text": SENTENCES[0], "hypothesis_ids": ids, "audio_states": torch.randn(len(ids) + 1, 16)}
+    cuts = [Collator(processor, recipe.data)([item | {"seed": seed}]) for seed in range(20)]
+    assert len({int(cut["state_lengths"]) for cut in cuts}) > 5
+    for cut in cuts:
+        labels = cut["labels"][0][cut["labels"][0] >= 0]
+        if cut["state_lengths"] == len(ids) + 1:  # too little was heard for a word: left whole
+            assert processor.decode(labels) == SENTENCES[0]
+            continue
+        assert processor.end_token_id not in labels and len(cut["audio_states"][0]) == cut["state_lengths"]
+        heard = processor.decode_hypothesis(cut["hypothesis_ids"][0])
+        text = processor.decode(labels)
+        assert heard.startswith(text) and SENTENCES[0].startswith(text) and text.split()[-1] in SENTENCES[0].split()
+        assert len(text.split()) in (len(heard.split()), len(heard.split()) - 1)
+
+
+def test_the_ratio_is_off_by_no_more_than_its_jitter(workshop):
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.ratio_jitter=0.3"])
+    model, processor = train.load_model(recipe.model)
+    clips = prepared(workshop, recipe, model, processor)
+    counts = [
+        int(Collator(processor, recipe.data)([clips[0] | {"seed": seed}])["hypothesis_token_counts"])
+        for seed in range(30)
+    ]
+    exact = processor.hypothesis_token_counts([clips.clips[0]["hypothesis"]])[0]
+    assert len(set(counts)) > 3 and all(abs(count - exact) <= 0.3 * exact + 0.5 for count in counts)
 
 
 def test_correction_reads_the_hypothesis_and_hears_nothing(workshop, tmp_path):
@@ -304,6 +351,36 @@ def test_a_folder_with_another_run_is_refused(workshop, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="no run of a recipe"):
         train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path}"])
+
+
+def test_the_plan_tells_what_a_run_will_need_and_makes_nothing(workshop, tmp_path, capsys):
+    run = [
+        str(workshop / "recipe.yaml"),
+        f"training.output_dir={tmp_path / 'run'}",
+        f"prepared={tmp_path / 'prepared'}",
+    ]
+    model, _ = train.load_model(read_recipe(workshop / "recipe.yaml", []).model)
+    train.main([*run, "--plan", "--card", "24"])
+    text = capsys.readouterr().out
+    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
+    assert f"{share:.2%}" in text and "fits a card of 24 GiB" in text
+    assert f"licence   LLM: {workshop / 'text'}: no card" in text
+    assert not (tmp_path / "run").exists() and not (tmp_path / "prepared").exists()
+    train.main([*run, "--plan", "--card", "0.5"])
+    assert "does not fit a card of 0 GiB" in capsys.readouterr().out
+
+
+def test_the_plan_of_the_papers_model_on_a_24_gib_card():
+    config = paper_config()
+    counts = count_parameters(config)
+    args = TrainingArguments(per_device_train_batch_size=8, bf16=True, gradient_checkpointing=True, use_cpu=True)
+    memory = estimate_memory(config, args, {"dtype": "bfloat16"}, *counts)
+    assert memory["weights"] == 2 * (counts[0].total() - counts[1].total())
+    assert memory["trained weights, gradients and Adam (float32)"] == 16 * counts[1].total()
+    four_bits = estimate_memory(
+        config, args, {"dtype": "bfloat16", "text_kwargs": {"quantization_config": {}}}, *counts
+    )
+    assert four_bits["weights"] < 0.5 * memory["weights"]
 
 
 def test_the_projects_own_root_is_no_output(workshop, tmp_path):

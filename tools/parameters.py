@@ -8,10 +8,10 @@ not say what its new weights are, and fusion (Eq. 5) and LoRA alone explain a fi
 
 from collections import Counter
 
-import torch
 from transformers import LlamaConfig, WhisperConfig
 
-from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration
+from training.plan import count_parameters
+from voxkrikri import VoxKrikriConfig
 
 
 PAPER_TRAINED, PAPER_TOTAL, PAPER_SHARE = 744e6, 9.8e9, 0.0753
@@ -45,34 +45,21 @@ def paper_config() -> VoxKrikriConfig:
     )
 
 
-def count_parameters(config: VoxKrikriConfig) -> Counter:
-    """Parameters of every part, tied ones once: "speech", "text" (without its head), "head", "lora", "fusion"."""
-    with torch.device("meta"):
-        model = VoxKrikriForConditionalGeneration(config)
-    counts = Counter()
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            part = "lora"
-        elif name.startswith("language_model.lm_head."):
-            part = "head"
-        else:
-            part = {"speech_model": "speech", "language_model": "text", "fusion": "fusion"}[name.split(".")[0]]
-        counts[part] += parameter.numel()
-    return counts
-
-
 def table(counts: Counter) -> str:
     total = counts.total()
-    labels = {
-        "speech": "Whisper-large-v3",
-        "text": "Llama-Krikri-8B without its output head",
-        "head": "its output head",
-        "lora": "LoRA, r = 8, on every linear layer",
-        "fusion": "fusion: Q, K, V of Eq. 5",
+    rows = {
+        "Whisper-large-v3": ("Whisper's encoder", "Whisper's decoder"),
+        "Llama-Krikri-8B without its output head": ("LLM",),
+        "its output head": ("the LLM's head",),
+        "LoRA, r = 8, on every linear layer": ("LoRA",),
+        "fusion: Q, K, V of Eq. 5": ("fusion",),
     }
-    lines = [f"{label:<42}{counts[part] / 1e6:>10,.1f} M" for part, label in labels.items()]
+    lines = [f"{label:<42}{sum(counts[part] for part in parts) / 1e6:>10,.1f} M" for label, parts in rows.items()]
     lines.append(f"{'total':<42}{total / 1e6:>10,.1f} M   paper {PAPER_TOTAL / 1e6:,.0f} M")
-    for label, parts in (("fusion, LoRA", ("fusion", "lora")), ("fusion, LoRA, head", ("fusion", "lora", "head"))):
+    for label, parts in (
+        ("fusion, LoRA", ("fusion", "LoRA")),
+        ("fusion, LoRA, head", ("fusion", "LoRA", "the LLM's head")),
+    ):
         trained = sum(counts[part] for part in parts)
         lines.append(
             f"{f'trained: {label}':<42}{trained / 1e6:>10,.1f} M   {trained / total:.2%} of all; "
@@ -83,7 +70,8 @@ def table(counts: Counter) -> str:
 
 
 def main() -> None:
-    print(table(count_parameters(paper_config())))
+    total, _ = count_parameters(paper_config())
+    print(table(total))
 
 
 if __name__ == "__main__":

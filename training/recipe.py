@@ -45,6 +45,8 @@ class Data:
     language: str | None = None
     input_noise: float = 0.0  # share of the input text tokens taken from the hypothesis instead
     fusion_modes: list[str] = field(default_factory=lambda: ["full", "causal"])  # one drawn for every batch
+    prefix_share: float = 0.0  # of clips cut off as a stream cuts them: what is heard so far, and no end
+    ratio_jitter: float = 0.0  # T is off by up to this share, as it is where a stream guesses it
     listen_batch_size: int = 16
     min_seconds: float = 0.1
     max_seconds: float | None = None  # Whisper's window is the limit in any case

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import jiwer
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -33,19 +34,48 @@ def correct(model, processor: VoxKrikriProcessor, hypotheses: list[str], **kwarg
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
 
 
+def reference_prefix(reference: str, hypothesis: str, words: int) -> str:
+    """The reference's words up to the last that the hypothesis's first `words` stand for, by edit distance."""
+    if not reference.split() or not hypothesis.split():
+        return ""
+    count = 0
+    for chunk in jiwer.process_words(reference.lower(), hypothesis.lower()).alignments[0]:
+        heard = min(chunk.hyp_end_idx, words) - chunk.hyp_start_idx
+        if chunk.type in ("equal", "substitute") and heard > 0:
+            count = chunk.ref_start_idx + heard
+    return " ".join(reference.split()[:count])
+
+
 class Collator:
     """Items to a batch: prompt, transcript and end; states; and the mode of fusion, drawn by the batch's own content."""
 
     def __init__(self, processor: VoxKrikriProcessor, data: Data):
         self.processor, self.data = processor, data
 
+    def cut(self, item: dict, rng: random.Random) -> dict:
+        """The item as a stream has it when some of its hypothesis is there: fewer states, a part of the text, no end."""
+        tokens = rng.randrange(1, max(2, len(item["hypothesis_ids"])))
+        ids = item["hypothesis_ids"][:tokens]
+        hypothesis = self.processor.decode_hypothesis(item["hypothesis_ids"])
+        heard = self.processor.decode_hypothesis(ids).split()
+        if heard and heard[-1] != hypothesis.split()[len(heard) - 1]:
+            heard.pop()  # half a word
+        text = reference_prefix(item["text"], hypothesis, len(heard))
+        if not text:
+            return item
+        return item | {"text": text, "hypothesis_ids": ids, "audio_states": item["audio_states"][:tokens], "cut": True}
+
     def __call__(self, items: list[dict]) -> dict:
+        rng = random.Random(str([item["seed"] for item in items]))  # the same after a resume
+        items = [self.cut(item, rng) if rng.random() < self.data.prefix_share else item for item in items]
         hypotheses = [self.processor.decode_hypothesis(item["hypothesis_ids"]) for item in items]
         targets = hypotheses if self.data.target == "hypothesis" else [item["text"] for item in items]
         if self.data.task == "correction":
             return dict(self.processor(text=targets, prompt=correction_prompts(hypotheses)))
         batch = dict(self.processor(text=targets))
-        rng = random.Random(str([item["seed"] for item in items]))  # the same after a resume
+        for item, labels in zip(items, batch["labels"], strict=True):
+            if item.get("cut"):
+                labels[(labels >= 0).nonzero()[-1]] = -100  # the end is not there yet
         if self.data.input_noise:
             drafts = self.processor(text=hypotheses)["labels"]
             for ids, labels, draft in zip(batch["input_ids"], batch["labels"], drafts, strict=True):
@@ -55,7 +85,9 @@ class Collator:
                         ids[place] = draft[order * len(draft) // len(places)]
         end = self.processor.speech_tokenizer.eos_token_id
         batch["fusion_mode"] = rng.choice(self.data.fusion_modes)
-        batch["hypothesis_token_counts"] = torch.tensor(self.processor.hypothesis_token_counts(hypotheses))
+        counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses))
+        jitter = torch.tensor([1 + rng.uniform(-1, 1) * self.data.ratio_jitter for _ in items])
+        batch["hypothesis_token_counts"] = (counts * jitter).round().long().clamp(min=1)
         batch["audio_states"] = pad_sequence([item["audio_states"] for item in items], batch_first=True)
         batch["state_lengths"] = torch.tensor([len(item["audio_states"]) for item in items])
         batch["hypothesis_ids"] = pad_sequence(
