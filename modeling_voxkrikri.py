@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -37,6 +38,9 @@ try:
     from peft import LoraConfig, inject_adapter_in_model
 except ImportError:
     LoraConfig = None
+
+
+SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # gemma2, granite, cohere
 
 
 def aligned_states(
@@ -463,6 +467,7 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         hypothesis_token_counts: torch.LongTensor | None = None,
         fusion_mode: str | None = None,
         alignment_lookahead: int | None = None,
+        loss_chunk_size: int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """The LLM's logits and loss with the audio fused in; without any audio, the plain LLM's.
@@ -480,6 +485,8 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
             state_waits: `(batch, rows)`, states that each row sees beyond its alignment (`greedy_search`).
             hypothesis_token_counts: `(batch,)`, T; `states_per_token` stands in for S/T if left out.
             fusion_mode, alignment_lookahead: instead of the configuration's.
+            loss_chunk_size: with labels, the loss alone: logits are made for so many labelled rows at a time, and made
+                again for the gradient. With a large vocabulary they would fill the memory.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError(
@@ -520,24 +527,49 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
                 "audio_offsets": torch.arange(num_states, device=centres.device) - centres[..., None],
                 "audio_is_text": text_positions >= 0,
             }
-        output = self.language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
-        )
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        } | kwargs
+        if labels is not None and loss_chunk_size is not None:
+            hidden_states = self.get_decoder()(**inputs).last_hidden_state
+            return CausalLMOutputWithPast(
+                loss=self._chunked_loss(hidden_states, labels, loss_chunk_size, num_items_in_batch)
+            )
+        output = self.language_model(logits_to_keep=logits_to_keep, **inputs)
         if labels is not None:
             output.loss = self.loss_function(
                 output.logits,
                 labels,
                 vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                num_items_in_batch=num_items_in_batch,
             )
         return output
+
+    def _chunked_loss(
+        self, hidden_states: torch.Tensor, labels: torch.LongTensor, chunk_size: int, num_items_in_batch
+    ) -> torch.Tensor:
+        """The mean cross-entropy of the rows that predict a label, as the loss function gives it from all logits."""
+        scaled = [name for name in SCALED_LOGITS if getattr(self.config.text_config, name, None) not in (None, 1, 1.0)]
+        if scaled:
+            raise ValueError(
+                f"this LLM changes its logits ({scaled[0]}), which loss_chunk_size does not: leave it out"
+            )
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        predicts = targets != -100
+        head = self.get_output_embeddings()
+
+        def loss_of(hidden: torch.Tensor, target: torch.LongTensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(head(hidden).float(), target, reduction="sum")
+
+        chunks = zip(hidden_states[predicts].split(chunk_size), targets[predicts].split(chunk_size), strict=True)
+        total = sum(checkpoint(loss_of, hidden, target, use_reentrant=False) for hidden, target in chunks)
+        return total / (predicts.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _waits_for_end(self, labels: torch.LongTensor, state_lengths: torch.LongTensor) -> torch.LongTensor:
         """In training the row that predicts the end sees every state, `(batch, rows)`."""

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "use_cpu": not torch.accelerator.is_available(),
+        "accelerator_config": {"even_batches": recipe.data.batch_seconds is None},  # it cannot even out those
     }
     args = TrainingArguments(**defaults | recipe.training)
     if arguments.plan:

@@ -187,6 +187,35 @@ def test_characters_of_tokens_add_up_to_the_text(tokenizers, text):
         assert not counts[tokenizer.all_special_ids].any()
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_the_loss_in_chunks_is_the_loss_and_has_its_gradients(tokenizers, chunk_size):
+    model = assemble(tokenizers, lora=LORA)
+    model.freeze_backbones()
+    clips = [make_clip(model, 2, 6, 5, seed=seed) for seed in range(3)]
+    batch = {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+    batch["labels"][0, -3:] = -100
+
+    def loss_and_gradients(**options):
+        model.zero_grad()
+        output = model(**batch, num_items_in_batch=20, **options)
+        output.loss.backward()
+        return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    (whole, expected), (chunked, gradients) = loss_and_gradients(), loss_and_gradients(loss_chunk_size=chunk_size)
+    assert chunked.logits is None and torch.allclose(whole.loss, chunked.loss, atol=1e-6)
+    assert expected.keys() == gradients.keys()
+    for name, value in expected.items():
+        assert torch.allclose(value, gradients[name], atol=1e-6), name
+    assert torch.allclose(model(**batch).loss, model(**batch, loss_chunk_size=chunk_size).loss, atol=1e-6)
+
+
+def test_the_loss_in_chunks_refuses_an_llm_that_changes_its_logits(tokenizers):
+    model = assemble(tokenizers)
+    model.config.text_config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        model(**make_clip(model, 2, 6, 5), loss_chunk_size=4)
+
+
 def test_positions_from_labels():
     labels = torch.tensor([[-100, -100, 7, 8, 9, -100], [4, 5, -100, -100, -100, -100]])
     assert positions_from_labels(labels).tolist() == [[-1, 0, 1, 2, -1, -1], [0, -1, -1, -1, -1, -1]]

@@ -18,7 +18,7 @@ from tools.parameters import paper_config
 from training.data import PreparedClips, load_source, mix, prepare
 from training.plan import count_parameters, estimate_memory
 from training.recipe import Source, read_recipe
-from training.trainer import TRAINED_WEIGHTS, Collator, reference_prefix
+from training.trainer import TRAINED_WEIGHTS, BudgetBatches, Collator, reference_prefix
 from voxkrikri import VoxKrikriForConditionalGeneration
 
 
@@ -330,6 +330,36 @@ def test_sources_are_mixed_by_weight_and_hours(workshop):
     assert len(set(texts)) == len(texts) and texts == [
         item["seed"] for item in mix([Source(path="x", hours=seconds / 7200)], [clips])
     ]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_batches_fill_a_budget_and_hold_every_clip(processes):
+    seconds = [1 + 29 * ((7 * index) % 100) / 100 for index in range(200)]
+    sampler = BudgetBatches(seconds, 60, processes)
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert list(sampler) == epochs[-1] and len(epochs[-1]) == len(sampler) and len(sampler) % processes == 0
+        assert {index for batch in epochs[-1] for index in batch} == set(range(200))
+        assert all(len(batch) * max(seconds[index] for index in batch) <= 60 for batch in epochs[-1])
+        padded = sum(len(batch) * max(seconds[index] for index in batch) for batch in epochs[-1])
+        assert padded < 1.2 * sum(seconds)
+    assert epochs[0] != epochs[1]
+    with pytest.raises(ValueError, match="batch_seconds is 20, and the longest clip has 29.7 s"):
+        BudgetBatches(seconds, 20)
+
+
+def test_a_run_in_batches_of_seconds_is_resumed_exactly(workshop, tmp_path):
+    overrides = ["data.batch_seconds=3", "data.loss_chunk_size=7", f"training.output_dir={tmp_path / 'run'}"]
+    train.main([str(workshop / "recipe.yaml"), *overrides])
+    whole = weights(tmp_path / "run")
+    for leftover in (tmp_path / "run").iterdir():
+        if leftover.name not in ("checkpoint-2", "recipe.yaml"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    train.main([str(workshop / "recipe.yaml"), *overrides])
+    for name, value in weights(tmp_path / "run").items():
+        assert torch.equal(value, whole[name]), name
 
 
 def test_lora_may_be_added_after_a_first_stage(workshop, tmp_path):

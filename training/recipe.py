@@ -47,6 +47,8 @@ class Data:
     fusion_modes: list[str] = field(default_factory=lambda: ["full", "causal"])  # one drawn for every batch
     prefix_share: float = 0.0  # of clips cut off as a stream cuts them: what is heard so far, and no end
     ratio_jitter: float = 0.0  # T is off by up to this share, as it is where a stream guesses it
+    batch_seconds: float | None = None  # of speech in a batch, padding counted; else per_device_train_batch_size clips
+    loss_chunk_size: int | None = None  # labelled rows whose logits are in memory at a time
     listen_batch_size: int = 16
     min_seconds: float = 0.1
     max_seconds: float | None = None  # Whisper's window is the limit in any case

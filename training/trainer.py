@@ -3,12 +3,14 @@
 import copy
 import random
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 
 import jiwer
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from metrics.greek_wer.greek_wer import character_error_rate, word_error_rate
@@ -84,6 +86,8 @@ class Collator:
                     if len(draft) and rng.random() < self.data.input_noise:
                         ids[place] = draft[order * len(draft) // len(places)]
         end = self.processor.speech_tokenizer.eos_token_id
+        if self.data.loss_chunk_size is not None:
+            batch["loss_chunk_size"] = self.data.loss_chunk_size
         batch["fusion_mode"] = rng.choice(self.data.fusion_modes)
         counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses))
         jitter = torch.tensor([1 + rng.uniform(-1, 1) * self.data.ratio_jitter for _ in items])
@@ -96,12 +100,61 @@ class Collator:
         return batch
 
 
+class BudgetBatches(Sampler):
+    """Batches of clips of like length, as many as fit a budget of padded seconds; their order is drawn every epoch.
+
+    Clips change places with others of their own length (rounded up), so that the number of batches stays the same.
+    It is a multiple of `processes`: the first batches come twice where it would not be.
+    """
+
+    def __init__(self, seconds: list[float], budget: float, processes: int = 1, seed: int = 0):
+        self.lengths = [ceil(value) for value in seconds]
+        if max(self.lengths) > budget:
+            raise ValueError(f"data.batch_seconds is {budget}, and the longest clip has {max(seconds):.1f} s")
+        self.budget, self.processes, self.seed, self.epoch = budget, processes, seed, 0
+        self.count = len(self.batches(random.Random(0)))
+
+    def batches(self, rng: random.Random) -> list[list[int]]:
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        batches = [[]]
+        for index in sorted(order, key=lambda index: self.lengths[index]):
+            if self.lengths[index] * (len(batches[-1]) + 1) > self.budget:
+                batches.append([])
+            batches[-1].append(index)
+        rng.shuffle(batches)
+        return batches + batches[: -len(batches) % self.processes]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.batches(random.Random(f"{self.seed} {self.epoch}"))
+
+
 class FusionTrainer(Trainer):
     """transformers' Trainer with a learning rate a part, checkpoints of what is trained, and WER by generation."""
 
     def __init__(self, *args, processor: VoxKrikriProcessor, recipe: Recipe, **kwargs):
         super().__init__(*args, **kwargs)
         self.processor, self.recipe = processor, recipe
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.recipe.data.batch_seconds is None:
+            return super().get_train_dataloader()
+        seconds = [
+            part.dataset.clips[index]["seconds"] for part in self.train_dataset.datasets for index in part.indices
+        ]
+        batches = BudgetBatches(seconds, self.recipe.data.batch_seconds, self.args.world_size, self.args.seed)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         parts = {"fusion": [], "text": []}
