@@ -161,7 +161,7 @@ class LoraLinear(nn.Module):
 
 
 def token_characters(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
-    """How many characters each token writes, `(vocab_size,)` int16; 0 for special tokens.
+    """How many characters each token writes, `(vocab_size,)` int32; 0 for special tokens.
 
     A character split over several tokens counts where its first byte stands.
     """
@@ -169,7 +169,7 @@ def token_characters(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tor
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1]  # some decoders drop a space before the first word
     anchor_length = len(tokenizer.decode([anchor]))
     special = set(tokenizer.all_special_ids)
-    counts = torch.zeros(vocab_size, dtype=torch.int16)
+    counts = torch.zeros(vocab_size, dtype=torch.int32)
     for token in range(min(len(tokenizer), vocab_size)):
         if token in special:
             continue
@@ -215,9 +215,9 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         self.fusion = nn.ModuleList(CrossModalFusion(config) for _ in config.injection_layers)
         for index, layer in enumerate(config.injection_layers):
             layers[layer - 1].register_forward_hook(partial(self._fuse, index), with_kwargs=True)
-        # Characters a token writes, for the text alignment: Whisper's and the LLM's vocabularies.
-        self.register_buffer("speech_characters", torch.zeros(config.speech_config.vocab_size, dtype=torch.int16))
-        self.register_buffer("token_characters", torch.zeros(config.text_config.vocab_size, dtype=torch.int16))
+        # Characters a token writes, for the text alignment. (Processes cannot send each other int16.)
+        self.register_buffer("speech_characters", torch.zeros(config.speech_config.vocab_size, dtype=torch.int32))
+        self.register_buffer("token_characters", torch.zeros(config.text_config.vocab_size, dtype=torch.int32))
         if config.lora is not None:
             self.add_lora(config.lora)
         self.post_init()

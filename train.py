@@ -142,10 +142,11 @@ def main(argv: list[str] | None = None) -> None:
         recipe=recipe,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
     metrics = trainer.evaluate()
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Training on twelve short sounds: the same run twice, cut off and resumed; what is heard once; what recipes refuse."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,6 +24,9 @@ from training.plan import count_parameters, estimate_memory
 from training.recipe import Source, read_recipe
 from training.trainer import TRAINED_WEIGHTS, BudgetBatches, Collator, reference_prefix
 from voxkrikri import VoxKrikriForConditionalGeneration
+
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +369,45 @@ def test_a_run_in_batches_of_seconds_is_resumed_exactly(workshop, tmp_path):
         assert torch.equal(value, whole[name]), name
 
 
+def test_two_processes_train_as_one(workshop, tmp_path):
+    """The same clips a step, halved: the same losses and weights, and a checkpoint that one process reads."""
+    plain = [
+        "data.fusion_modes=[full]",
+        "data.input_noise=0",
+        "model.lora.lora_dropout=0",
+        "training.logging_steps=1",
+        "training.dataloader_drop_last=true",
+    ]
+
+    def run(name: str, command: list[str], clips: int) -> list[float]:
+        output = tmp_path / name
+        overrides = [*plain, f"training.per_device_train_batch_size={clips}", f"training.output_dir={output}"]
+        subprocess.run(
+            [
+                sys.executable,
+                *command,
+                "train.py",
+                str(workshop / "recipe.yaml"),
+                *overrides,
+                f"prepared={output}-states",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one, two = run("one", [], 4), run("two", launch, 2)
+    assert len(one) == 4 and one == pytest.approx(two, abs=1e-5)
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-5), name
+    model, _ = train.load_model({"init_from": str(tmp_path / "two")})
+    assert torch.equal(model.fusion[0].v_proj.weight, second["fusion.0.v_proj.weight"])
+
+
 def test_lora_may_be_added_after_a_first_stage(workshop, tmp_path):
     overrides = ["model.lora=null", "training.max_steps=2", f"training.output_dir={tmp_path / 'run'}"]
     train.main([str(workshop / "recipe.yaml"), *overrides])
@@ -434,7 +480,7 @@ def test_check_real_trains_and_scores_five_rows(workshop, tmp_path):
     backbones = [f"model.speech={workshop / 'speech'}", f"model.text={workshop / 'text'}"]
     quick = [
         "training.max_steps=2",
-        "training.eval_strategy='no'",
+        "training.dataloader_drop_last=true",
         "training.save_strategy='no'",
         "training.use_cpu=true",
     ]
