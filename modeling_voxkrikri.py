@@ -11,6 +11,8 @@ After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXi
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -154,8 +156,14 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
         nn.init.zeros_(self.lora_B["default"].weight)
+        self._disable_adapters = False
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        return self.scaling * self.lora_B[adapter].weight @ self.lora_A[adapter].weight
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._disable_adapters:
+            return self.base_layer(hidden_states)
         update = self.lora_B["default"](self.lora_A["default"](hidden_states))
         return self.base_layer(hidden_states) + self.scaling * update
 
@@ -355,6 +363,36 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         super().train(mode)
         self.speech_model.eval()  # frozen, always
         return self
+
+    def _adapted_modules(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.language_model.named_modules() if hasattr(m, "get_delta_weight")}
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """The LLM as it was before training, for text alone: no adapter and, where no audio is given, no fusion."""
+        modules = self._adapted_modules().values()
+        for module in modules:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._disable_adapters = False
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Adds the adapter to the LLM's weights and forgets it: the same model, as fast as one without.
+
+        Raises:
+            ValueError: for quantised weights, which cannot take it up.
+        """
+        for name, module in self._adapted_modules().items():
+            base = module.base_layer
+            if not base.weight.is_floating_point():
+                raise ValueError(f"{name} has quantised weights: load the LLM in bfloat16 to merge the adapter")
+            base.weight += module.get_delta_weight("default").to(base.weight.dtype)
+            self.language_model.set_submodule(name, base)
+        self.config.lora = None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

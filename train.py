@@ -21,7 +21,7 @@ import yaml
 from transformers import AutoTokenizer, TrainingArguments, WhisperFeatureExtractor, WhisperTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.data import PreparedClips, mix, prepare
+from training.data import LiveClips, PreparedClips, mix, prepare
 from training.plan import plan
 from training.recipe import Recipe, Source, check_names, read_recipe
 from training.trainer import Collator, FusionTrainer
@@ -124,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     train, validation = prepare_all(recipe.data.train), prepare_all(recipe.data.validation)
     if only_prepare:
         return
+    if recipe.data.live:
+        pairs = zip(train, recipe.data.train, strict=True)
+        train = [LiveClips(clips, source, recipe.data, processor.feature_extractor) for clips, source in pairs]
     train = mix(recipe.data.train, train)
     model.freeze_backbones()
     for parameter in model.parameters():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import assemble, tiny_speech_model, tiny_text_model
 
-from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration
+from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration, modeling_voxkrikri
 from voxkrikri.modeling_voxkrikri import (
     CrossModalFusion,
     aligned_states,
@@ -214,6 +214,43 @@ def test_the_loss_in_chunks_refuses_an_llm_that_changes_its_logits(tokenizers):
     model.config.text_config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         model(**make_clip(model, 2, 6, 5), loss_chunk_size=4)
+
+
+@pytest.fixture(params=["peft", "without peft"])
+def adapted(request, tokenizers, monkeypatch):
+    """A model whose adapter says something, and the same LLM without it."""
+    if request.param == "without peft":
+        monkeypatch.setattr(modeling_voxkrikri, "LoraConfig", None)
+    torch.manual_seed(0)
+    text = tiny_text_model(tokenizers.text)
+    plain = copy.deepcopy(text)
+    model = assemble(tokenizers, text=text, lora=LORA)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model, plain
+
+
+def test_without_its_adapter_the_llm_is_the_plain_one(adapted):
+    model, plain = adapted
+    ids = torch.arange(5, 15)[None]
+    before = model(input_ids=ids).logits
+    with model.without_lora():
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not torch.allclose(before, plain(input_ids=ids).logits, atol=1e-2)
+
+
+def test_a_merged_adapter_says_the_same_and_is_gone(adapted, tmp_path):
+    model, _ = adapted
+    clip = make_clip(model, 2, 6, 5)
+    before = model(**clip).logits
+    model.merge_lora()
+    assert torch.allclose(model(**clip).logits, before, atol=1e-4)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path)
+    again = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(**clip).logits, model(**clip).logits)
 
 
 def test_positions_from_labels():

@@ -1,5 +1,6 @@
 """Training on twelve short sounds: the same run twice, cut off and resumed; what is heard once; what recipes refuse."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from transformers import TrainingArguments, WhisperFeatureExtractor
 
 import train
 from tools.parameters import paper_config
-from training.data import PreparedClips, load_source, mix, prepare
+from training.data import LiveClips, PreparedClips, load_source, mix, prepare
 from training.plan import count_parameters, estimate_memory
 from training.recipe import Source, read_recipe
 from training.trainer import TRAINED_WEIGHTS, BudgetBatches, Collator, reference_prefix
@@ -244,6 +245,27 @@ def test_a_manifest_without_the_named_column_lists_those_it_has(workshop):
         load_source(source)
 
 
+def test_a_preset_is_a_source_and_the_recipe_wins(workshop, tmp_path):
+    shutil.copytree(workshop, tmp_path / "clips", ignore=lambda folder, names: [n for n in names if ".flac" not in n])
+    table = "client_id\tpath\tsentence\n" + "".join(f'ab\t{index}.flac\t"Ναι {index}\n' for index in range(3))
+    (tmp_path / "train.tsv").write_text(table, encoding="utf-8")
+    validation = f"data.validation={{preset: common_voice_el, path: {tmp_path / 'train.tsv'}}}"
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.train=[{preset: fleurs_el, split: test}]", validation])
+    fleurs = recipe.data.train[0]
+    assert (fleurs.dataset, fleurs.config, fleurs.text, fleurs.split) == (
+        "google/fleurs",
+        "el_gr",
+        "raw_transcription",
+        "test",
+    )
+    model, processor = train.load_model(recipe.model)
+    paths = prepare(recipe.data.validation[0], recipe.data, model, processor, tmp_path / "prepared")
+    clips = PreparedClips("cv", paths, recipe.data)
+    assert [clip["text"] for clip in clips.clips] == [f'"Ναι {index}' for index in range(3)]
+    with pytest.raises(ValueError, match="recipes/sources has no 'fleurs_gr': did you mean 'fleurs_el'"):
+        read_recipe(workshop / "recipe.yaml", ["data.train=[{preset: fleurs_gr}]"])
+
+
 def test_a_bad_line_of_a_manifest_is_named(tmp_path):
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text('{"audio": "a.wav", "text": "α"}\n{"audio": "b.wav", "text": \n', encoding="utf-8")
@@ -355,6 +377,33 @@ def test_batches_fill_a_budget_and_hold_every_clip(processes):
     assert epochs[0] != epochs[1]
     with pytest.raises(ValueError, match="batch_seconds is 20, and the longest clip has 29.7 s"):
         BudgetBatches(seconds, 20)
+
+
+def test_live_clips_unchanged_give_the_losses_of_prepared_ones(workshop, tmp_path):
+    common = ["data.input_noise=0", "model.lora.lora_dropout=0", "training.logging_steps=1", "training.max_steps=2"]
+    unchanged = ["data.live=true", "data.speeds=[1]", "data.masked_frames=0", "data.masked_mels=0"]
+    losses = []
+    for name, overrides in (("prepared", []), ("live", unchanged)):
+        output = tmp_path / name
+        train.main([str(workshop / "recipe.yaml"), *common, *overrides, f"training.output_dir={output}"])
+        state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=2e-3)  # those on disk are bfloat16
+
+
+@pytest.mark.parametrize("changes", [{"speeds": [0.9]}, {"masked_frames": 0.3}, {"masked_mels": 0.3}], ids=str)
+def test_live_clips_change_what_whisper_hears(workshop, changes):
+    recipe = read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    clips, source = prepared(workshop, recipe, model, processor), recipe.data.validation[0]
+    features = []
+    for settings in ({}, changes):
+        settings = {"speeds": [1.0], "masked_frames": 0, "masked_mels": 0} | settings
+        data = dataclasses.replace(recipe.data, **settings)
+        torch.manual_seed(3)
+        features.append(LiveClips(clips, source, data, processor.feature_extractor)[7]["input_features"])
+    plain = processor(audio=clips.clips[7]["audio"]).input_features[0]
+    assert torch.equal(features[0], plain) and not torch.equal(features[1], plain)
 
 
 def test_a_run_in_batches_of_seconds_is_resumed_exactly(workshop, tmp_path):

@@ -5,6 +5,7 @@ and whole, `<key>.jsonl` (a line a clip: text, seconds, hypothesis, number of st
 that was cut off goes on, several processes share the work, and a manifest that grows is not heard again.
 """
 
+import csv
 import json
 import random
 from bisect import bisect_right
@@ -14,12 +15,14 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 import datasets
+import soxr
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from tqdm import tqdm
+from transformers import WhisperFeatureExtractor
 
 from training.recipe import Data, Source
 from voxkrikri import VoxKrikriForConditionalGeneration, VoxKrikriProcessor
@@ -27,7 +30,12 @@ from voxkrikri.processing_voxkrikri import SAMPLE_RATE, load_audio
 
 
 CLIPS_PER_SHARD = 500
-MANIFESTS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+MANIFESTS = {  # what datasets calls them, and how it reads them
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".parquet": ("parquet", {}),
+}
 
 
 def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
@@ -42,14 +50,14 @@ def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         )
         rows = rows.cast_column(source.audio, datasets.Audio(decode=False))
     else:
-        kind = MANIFESTS.get(Path(source.path).suffix)
-        if kind is None:
+        if Path(source.path).suffix not in MANIFESTS:
             raise ValueError(f"a manifest is {', '.join(MANIFESTS)}, got {source.path}")
+        kind, options = MANIFESTS[Path(source.path).suffix]
         if not Path(source.path).is_file():
             raise FileNotFoundError(f"there is no manifest {source.path}")
         if kind == "json":
             check_lines(Path(source.path))
-        rows = datasets.load_dataset(kind, data_files=source.path, split="train")
+        rows = datasets.load_dataset(kind, data_files=source.path, split="train", **options)
     missing = [column for column in (source.audio, source.text) if column not in rows.column_names]
     if missing:
         raise ValueError(f"{source.path or source.dataset} has no column {missing[0]!r}, only {rows.column_names}")
@@ -146,10 +154,7 @@ def prepare(
 
     def read(first: int) -> list[dict]:
         part = rows.select(range(first, min(first + CLIPS_PER_SHARD, len(rows)))).to_list()
-        for row in part:
-            if source.path is not None and isinstance(row["audio"], str):
-                row["audio"] = str(Path(source.path).parent / row["audio"])
-        return part
+        return [row | {"audio": locate(source, row["audio"])} for row in part]
 
     def name_shard(first: int) -> Path:
         """A manifest's clips may change, so its shards are named by them; a dataset's by their place in a revision."""
@@ -164,6 +169,13 @@ def prepare(
             listen(read(index * CLIPS_PER_SHARD), data, model, processor, path)
     state.wait_for_everyone()
     return paths
+
+
+def locate(source: Source, audio: str | dict) -> str | dict:
+    """A manifest's path from here; anything else as it is."""
+    if source.path is None or not isinstance(audio, str):
+        return audio
+    return str(Path(source.path).parent / source.folder / audio)
 
 
 def fingerprint(audio: str | dict) -> tuple:
@@ -204,6 +216,7 @@ class PreparedClips(Dataset):
     def __init__(self, name: str, paths: list[Path], data: Data):
         self.name, self.clips, self.places, self.shards = name, [], [], []
         self.dropped: Counter[str] = Counter()
+        self.rows = []  # where each clip stands in its source
         total, unreadable = 0, []
         for index, path in enumerate(paths):
             self.shards.append(safe_open(path.with_suffix(".safetensors"), "pt"))
@@ -215,6 +228,7 @@ class PreparedClips(Dataset):
                 if reason is None:
                     self.clips.append(clip)
                     self.places.append((index, first))
+                    self.rows.append(total - 1)
                 else:
                     self.dropped[reason] += 1
                     if reason == "unreadable":
@@ -262,7 +276,41 @@ class PreparedClips(Dataset):
         }
 
 
-def mix(sources: list[Source], sets: list[PreparedClips]) -> Dataset:
+class LiveClips(Dataset):
+    """Prepared clips whose audio is read again and changed: Whisper is to hear something new every time.
+
+    Raises:
+        ValueError: for a streaming source, whose clips cannot be read in another order.
+    """
+
+    def __init__(self, prepared: PreparedClips, source: Source, data: Data, extractor: WhisperFeatureExtractor):
+        if source.streaming:
+            raise ValueError(f"data.live reads clips in any order, {source.name} is streaming: set streaming: false")
+        self.prepared, self.clips, self.data, self.extractor = prepared, prepared.clips, data, extractor
+        self.source, self.audio = source, load_source(source)
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, index: int) -> dict:
+        samples = load_audio(locate(self.source, self.audio[self.prepared.rows[index]]["audio"]))
+        speed = self.data.speeds[int(torch.randint(len(self.data.speeds), ()))]
+        if len(samples) / speed <= self.extractor.n_samples:
+            samples = soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE)
+        features = self.extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features[0]
+        frames = min(features.shape[1], len(samples) // self.extractor.hop_length)
+        for axis, length, share in (
+            (0, features.shape[0], self.data.masked_mels),
+            (1, frames, self.data.masked_frames),
+        ):
+            for _ in range(2):
+                width = int(torch.rand(()) * share * length)
+                start = int(torch.rand(()) * (length - width))
+                features.narrow(axis, start, width).zero_()
+        return {"seed": index, "text": self.clips[index]["text"], "input_features": features}
+
+
+def mix(sources: list[Source], sets: list[PreparedClips | LiveClips]) -> Dataset:
     """One epoch: of every set as many hours, and these as often, as its source says; what is drawn is always the same."""
     parts = []
     for source, clips in zip(sources, sets, strict=True):

@@ -78,7 +78,7 @@ def hours_of(source: Source) -> float | None:
         return source.hours * source.weight
     if source.path is None:
         return None
-    folder, rows = Path(source.path).parent, load_source(source)
+    folder, rows = Path(source.path).parent / source.folder, load_source(source)
     chosen = range(0, len(rows), max(1, len(rows) // MEASURED_CLIPS))
     seconds = []
     for row in rows.select(chosen):

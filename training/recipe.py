@@ -5,6 +5,7 @@ A recipe is a YAML file; `part.key=value` on the command line overrides it. `mod
 transformers' TrainingArguments.
 """
 
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,15 +13,20 @@ from pathlib import Path
 import yaml
 
 
+PRESETS = Path(__file__).parent.parent / "recipes" / "sources"
 TASKS = ("fusion", "correction")
 TARGETS = ("reference", "hypothesis")
 
 
 @dataclass
 class Source:
-    """Clips and transcripts: a manifest (`path` to .jsonl, .csv or .parquet) or a dataset on the Hub."""
+    """Clips and transcripts: a manifest (`path` to .jsonl, .csv, .tsv or .parquet) or a dataset on the Hub.
+
+    `preset` names a file of recipes/sources, whose settings hold where the recipe has none.
+    """
 
     path: str | None = None
+    folder: str = ""  # where a manifest's audio lies, from where the manifest lies
     dataset: str | None = None
     config: str | None = None
     revision: str | None = None
@@ -47,6 +53,12 @@ class Data:
     fusion_modes: list[str] = field(default_factory=lambda: ["full", "causal"])  # one drawn for every batch
     prefix_share: float = 0.0  # of clips cut off as a stream cuts them: what is heard so far, and no end
     ratio_jitter: float = 0.0  # T is off by up to this share, as it is where a stream guesses it
+    live: bool = (
+        False  # Whisper hears every clip anew, changed by what follows; slower, and nothing is learnt by heart
+    )
+    speeds: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])  # one drawn for every clip
+    masked_frames: float = 0.05  # share of the frames in two spans of zeros (SpecAugment)
+    masked_mels: float = 0.1  # share of the mel bins, likewise
     batch_seconds: float | None = None  # of speech in a batch, padding counted; else per_device_train_batch_size clips
     loss_chunk_size: int | None = None  # labelled rows whose logits are in memory at a time
     listen_batch_size: int = 16
@@ -68,7 +80,7 @@ class Recipe:
     learning_rates: dict[str, float] = field(default_factory=dict)  # of "fusion" and "text", where they differ
 
 
-def check_names(given: dict | set, known: list[str], where: str) -> None:
+def check_names(given: Iterable[str], known: list[str], where: str) -> None:
     """Raises a ValueError for the first name that is not known, with the nearest one that is."""
     for name in given:
         if name not in known:
@@ -103,7 +115,13 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
         return kind(**values)
 
     def build_sources(values: dict | list[dict], where: str) -> list[Source]:
-        sources = [build(Source, entry, where) for entry in (values if isinstance(values, list) else [values])]
+        sources = []
+        for entry in values if isinstance(values, list) else [values]:
+            entry = dict(entry)
+            if preset := entry.pop("preset", None):
+                check_names([preset], sorted(file.stem for file in PRESETS.glob("*.yaml")), "recipes/sources")
+                entry = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8")) | entry
+            sources.append(build(Source, entry, where))
         for source in sources:
             if (source.path is None) == (source.dataset is None):
                 raise ValueError(f"{path}: {where} is either a path or a dataset")

@@ -68,6 +68,8 @@ class Collator:
         return item | {"text": text, "hypothesis_ids": ids, "audio_states": item["audio_states"][:tokens], "cut": True}
 
     def __call__(self, items: list[dict]) -> dict:
+        if "input_features" in items[0]:
+            return {"live_clips": items}  # the trainer has Whisper listen, and comes back
         rng = random.Random(str([item["seed"] for item in items]))  # the same after a resume
         items = [self.cut(item, rng) if rng.random() < self.data.prefix_share else item for item in items]
         hypotheses = [self.processor.decode_hypothesis(item["hypothesis_ids"]) for item in items]
@@ -155,6 +157,18 @@ class FusionTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
         )
         return self.accelerator.prepare(loader)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """The batch on its device; where Whisper has not listened yet, it does now."""
+        if clips := inputs.pop("live_clips", None):
+            features = torch.stack([clip.pop("input_features") for clip in clips])
+            heard = self.model.listen(features, self.recipe.data.language)
+            for clip, states, ids, length in zip(
+                clips, heard.audio_states, heard.hypothesis_ids, heard.state_lengths.tolist(), strict=True
+            ):
+                clip |= {"audio_states": states[:length].float().cpu(), "hypothesis_ids": ids[: length - 1].cpu()}
+            inputs = self.data_collator(clips)
+        return super()._prepare_inputs(inputs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         parts = {"fusion": [], "text": []}
