@@ -145,6 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         recipe=recipe,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        print(f"Stopped by a signal after step {trainer.state.global_step}: the same command goes on from there")
+        return
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         model.save_pretrained(output)

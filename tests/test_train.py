@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,14 @@ import torch
 import yaml
 from conftest import SENTENCES, tiny_speech_model, tiny_text_model
 from safetensors.torch import load_file
-from transformers import TrainingArguments, WhisperFeatureExtractor
+from transformers import Trainer, TrainingArguments, WhisperFeatureExtractor
 
 import train
 from tools.parameters import paper_config
 from training.data import LiveClips, PreparedClips, load_source, mix, prepare
 from training.plan import count_parameters, estimate_memory
 from training.recipe import Source, read_recipe
-from training.trainer import TRAINED_WEIGHTS, BudgetBatches, Collator, reference_prefix
+from training.trainer import TRAINED_WEIGHTS, BudgetBatches, Collator, FusionTrainer, reference_prefix
 from voxkrikri import VoxKrikriForConditionalGeneration
 
 
@@ -377,6 +378,26 @@ def test_batches_fill_a_budget_and_hold_every_clip(processes):
     assert epochs[0] != epochs[1]
     with pytest.raises(ValueError, match="batch_seconds is 20, and the longest clip has 29.7 s"):
         BudgetBatches(seconds, 20)
+
+
+def test_a_signal_saves_and_the_run_goes_on_exactly(workshop, tmp_path, monkeypatch, capsys):
+    run = [str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"]
+    steps = []
+
+    def step_and_signal(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Trainer.training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusionTrainer, "training_step", step_and_signal, raising=False)
+    train.main(run)
+    assert "Stopped by a signal after step 3" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-3").is_dir() and not (tmp_path / "run" / "metrics.json").exists()
+    train.main(run)
+    assert steps == [0, 1, 2, 3]
+    for name, value in weights(tmp_path / "run").items():
+        assert torch.equal(value, weights(workshop / "run")[name]), name
 
 
 def test_live_clips_unchanged_give_the_losses_of_prepared_ones(workshop, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import signal
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from metrics.greek_wer.greek_wer import character_error_rate, word_error_rate
 from training.data import PreparedClips
@@ -136,12 +137,39 @@ class BudgetBatches(Sampler):
         yield from self.batches(random.Random(f"{self.seed} {self.epoch}"))
 
 
+class SaveOnSignal(TrainerCallback):
+    """SIGTERM or SIGUSR1 (what a cluster sends before it takes the machine back) saves after the step, and stops.
+
+    transformers' own way saves within a step, from where dropout would not go on exactly.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received, self.earlier = None, {}
+
+    def receive(self, number: int, frame) -> None:
+        self.received = number
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.earlier = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
 class FusionTrainer(Trainer):
     """transformers' Trainer with a learning rate a part, checkpoints of what is trained, and WER by generation."""
 
     def __init__(self, *args, processor: VoxKrikriProcessor, recipe: Recipe, **kwargs):
         super().__init__(*args, **kwargs)
         self.processor, self.recipe = processor, recipe
+        self.add_callback(SaveOnSignal())
 
     def get_train_dataloader(self) -> DataLoader:
         if self.recipe.data.batch_seconds is None:
