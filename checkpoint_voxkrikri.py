@@ -146,6 +146,7 @@ class VoxKrikriCheckpointMixin:
             "modeling",
             "checkpoint",
             "generation",
+            "greedy",
             "processing",
             "transcription",
             "pipeline",

@@ -1,29 +1,22 @@
 """From speech to token ids: Whisper's hypothesis and states, then the fused LLM's text.
 
 * `listen` runs Whisper: hypothesis ids, and the decoder states A that every fused row attends to.
-* `generate` runs the LLM over them. Greedy decoding is `greedy_search` below, handed to transformers' own `generate`;
-  beams and sampling are transformers'.
-* In causal mode the end may be written only by a row that sees the last state. A row that wants it earlier is dropped,
-  and it and all later rows see one state more (`greedy_search`); beams and sampling just may not take it there.
+* `generate` runs the LLM over them. Greedy decoding is `greedy_search`, handed to transformers' own `generate`; beams
+  and sampling are transformers'.
+* In causal mode the end may be written only by a row that sees the last state. Greedy decoding waits there for one state
+  more; beams and sampling just may not take the end.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import ModelOutput
+
+from .greedy_voxkrikri import greedy_search
 
 
 @dataclass
@@ -49,6 +42,8 @@ class VoxKrikriGenerateOutput(ModelOutput):
         sequences: `(batch, tokens)` new text tokens, the prompt left out, padded after the end.
         token_logprobs: `(batch, tokens)` log-probability of every token, 0 on padding.
         hypothesis_ids, audio_states, state_lengths: as in VoxKrikriAudio.
+        passes: how often the LLM ran (greedy decoding alone, as what follows).
+        drafted, accepted: `(batch,)`, draft tokens that were verified, and those that were right.
     """
 
     sequences: torch.LongTensor | None = None
@@ -56,6 +51,9 @@ class VoxKrikriGenerateOutput(ModelOutput):
     hypothesis_ids: torch.LongTensor | None = None
     audio_states: torch.FloatTensor | None = None
     state_lengths: torch.LongTensor | None = None
+    passes: int | None = None
+    drafted: torch.LongTensor | None = None
+    accepted: torch.LongTensor | None = None
 
 
 class NoEndBeforeLastState(LogitsProcessor):
@@ -75,83 +73,6 @@ class NoEndBeforeLastState(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.model.end_token_ids] = scores[:, self.model.end_token_ids].masked_fill(early, -torch.inf)
         return scores
-
-
-def greedy_search(
-    model,
-    input_ids: torch.LongTensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    synced_gpus: bool = False,
-    streamer: BaseStreamer | None = None,
-    **model_kwargs,
-) -> GenerateDecoderOnlyOutput:
-    """Greedy decoding in which a causal row that ends too early waits for one state more.
-
-    When any row of the batch waits, the newest rows of all are taken out of the cache and run again: for those that
-    do not wait the second run repeats the first, so a batch gives what its clips give one by one.
-
-    Returns:
-        `sequences` (batch, prompt and new tokens) and, as `scores`, the new tokens' log-probabilities (batch, tokens).
-    """
-    end_ids = torch.tensor(model.end_token_ids, device=input_ids.device)
-    pad_id = model.end_token_ids[0] if generation_config.pad_token_id is None else generation_config.pad_token_id
-    audio = {name: model_kwargs.pop(name, None) for name in model.ALIGNMENT_INPUTS}
-    prompt_length, attention_mask = model_kwargs.pop("prompt_length"), model_kwargs.pop("attention_mask")
-    if attention_mask is None:  # transformers drops one without padding
-        attention_mask = torch.ones_like(input_ids)
-    keep = {name: model_kwargs.pop(name, None) for name in ("audio_keys", "audio_values", "fusion_mode")}
-    lookahead = model_kwargs.pop("alignment_lookahead", None)
-    causal = keep["fusion_mode"] == "causal"
-    cache = DynamicCache() if generation_config.use_cache else None  # without sliding layers, which cannot be cropped
-
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    waits = torch.zeros_like(input_ids)
-    token_logprobs = []
-    while unfinished.any():
-        first = 0 if cache is None else cache.get_seq_length()
-        rows = model.text_rows(input_ids, prompt_length)
-        rows = {name: value[:, first:] for name, value in rows.items()} | {"state_waits": waits[:, first:]}
-        logits = (
-            model(
-                input_ids=input_ids[:, first:],
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=1,
-                alignment_lookahead=lookahead,
-                **rows,
-                **audio,
-                **keep,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        scores = logits_processor(input_ids, logits)
-        tokens = scores.argmax(-1)
-        if causal:
-            last_row = {name: value[:, -1:] for name, value in rows.items()}
-            sees_all = model.sees_last_state(alignment_lookahead=lookahead, **last_row, **audio).squeeze(1)
-            early = unfinished & torch.isin(tokens, end_ids) & ~sees_all
-            if early.any():
-                waits[:, -1] += early
-                if cache is not None:
-                    cache.crop(-1)
-                continue
-        tokens = torch.where(unfinished, tokens, pad_id)
-        logprobs = scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        token_logprobs.append(torch.where(unfinished, logprobs, 0.0))
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(tokens), 1)], dim=-1)
-        waits = torch.cat([waits, waits[:, -1:]], dim=-1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        unfinished &= ~torch.isin(tokens, end_ids) & ~stopping_criteria(input_ids, None)
-    if streamer is not None:
-        streamer.end()
-    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=torch.stack(token_logprobs, dim=-1))
 
 
 class VoxKrikriGenerationMixin(GenerationMixin):
@@ -288,6 +209,8 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         fusion_mode: str | None = None,
         alignment_lookahead: int | None = None,
         language: str | None = None,
+        draft_ids: torch.LongTensor | None = None,
+        draft_word_starts: torch.BoolTensor | None = None,
         return_dict_in_generate: bool = False,
         **kwargs,
     ) -> torch.LongTensor | VoxKrikriGenerateOutput:
@@ -301,6 +224,8 @@ class VoxKrikriGenerationMixin(GenerationMixin):
                 checkpoint's constant `states_per_token`.
             fusion_mode, alignment_lookahead: instead of the configuration's.
             language: of the speech, for a multilingual Whisper.
+            draft_ids, draft_word_starts: what the processor's `draft` makes of the hypotheses. Greedy decoding writes
+                the same tokens with any draft or none, with a good one in fewer passes of the LLM.
             kwargs: transformers' generation options (num_beams, do_sample, max_new_tokens, streamer ...).
 
         Returns:
@@ -339,8 +264,12 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         beams, sampling = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "do_sample"))
         greedy = (beams or 1) == 1 and not sampling
         if greedy:
-            # transformers keeps the streamer to itself
-            kwargs["custom_generate"] = partial(greedy_search, streamer=kwargs.get("streamer"))
+            kwargs["custom_generate"] = partial(
+                greedy_search,
+                streamer=kwargs.get("streamer"),  # transformers keeps it to itself
+                draft_ids=draft_ids,
+                draft_word_starts=draft_word_starts,
+            )
         elif mode == "causal":
             processor = NoEndBeforeLastState(self, prompt_length, alignment_lookahead, alignment)
             kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), processor])
@@ -362,11 +291,11 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         if not return_dict_in_generate:
             return sequences
         if greedy:
-            token_logprobs = output.scores
-        else:
-            token_logprobs = self.compute_transition_scores(
-                output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True
-            )
-            ends = torch.isin(sequences, torch.tensor(self.end_token_ids, device=sequences.device))
-            token_logprobs = token_logprobs.masked_fill(ends.cumsum(-1) - ends.int() > 0, 0.0)
+            counts = {name: output[name] for name in ("token_logprobs", "passes", "drafted", "accepted")}
+            return VoxKrikriGenerateOutput(sequences=sequences, **counts, **audio)
+        token_logprobs = self.compute_transition_scores(
+            output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True
+        )
+        ends = torch.isin(sequences, torch.tensor(self.end_token_ids, device=sequences.device))
+        token_logprobs = token_logprobs.masked_fill(ends.cumsum(-1) - ends.int() > 0, 0.0)
         return VoxKrikriGenerateOutput(sequences=sequences, token_logprobs=token_logprobs, **audio)

@@ -18,11 +18,13 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 
 SAMPLE_RATE = 16_000  # Hz, Whisper's
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; outside it the number is no sampling rate (16 for 16 kHz)
+WORD_MARKS = ("\u0120", "\u2581")  # a space before a piece: of byte-level BPE, of SentencePiece
 LONGEST_FILE = 2**40  # frames; libsndfile reports more where a header leaves the length open
 PIPED_LENGTH = 0x7FFF0000  # bytes; programs that write WAV to a pipe put some such number for the unknown length
 INTEGER_SCALES = {"uint8": (128, 128), "int16": (0, 2**15), "int32": (0, 2**31)}  # PCM: its zero, its full scale
@@ -374,6 +376,22 @@ class VoxKrikriProcessor(ProcessorMixin):
     def hypothesis_token_counts(self, hypotheses: list[str]) -> list[int]:
         """T for the alignment: the LLM tokens of every hypothesis text, its EOS counted."""
         return [len(self._text_ids(words)) + 1 for words in hypotheses]
+
+    def draft(self, hypotheses: list[str]) -> dict[str, torch.Tensor]:
+        """The hypotheses as targets of the LLM, for `generate` to verify.
+
+        Returns:
+            `draft_ids` (batch, n), each with its EOS, padded with -1, and `draft_word_starts` (batch, n).
+        """
+        ids = [torch.tensor([*self._text_ids(words), self.end_token_id]) for words in hypotheses]
+        starts = []
+        for row in ids:
+            pieces = self.tokenizer.convert_ids_to_tokens(row.tolist())
+            starts.append(torch.tensor([piece[:1] in WORD_MARKS for piece in pieces[:-1]] + [True]))
+        return {
+            "draft_ids": pad_sequence(ids, batch_first=True, padding_value=-1),
+            "draft_word_starts": pad_sequence(starts, batch_first=True),
+        }
 
     @staticmethod
     def _strings(name: str, value: str | list[str] | None) -> list[str] | None:

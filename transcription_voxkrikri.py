@@ -129,9 +129,8 @@ def _transcribe_pieces(
     audio = model.listen(inputs.pop("input_features"), language)
     hypotheses = [processor.decode_hypothesis(ids) for ids in audio.hypothesis_ids]
     counts = torch.tensor(processor.hypothesis_token_counts(hypotheses), device=model.device)
-    output = model.generate(
-        **inputs, **audio, hypothesis_token_counts=counts, return_dict_in_generate=True, **generate_kwargs
-    )
+    options = {**processor.draft(hypotheses), "hypothesis_token_counts": counts, **generate_kwargs}
+    output = model.generate(**inputs, **audio, return_dict_in_generate=True, **options)
     rows = zip(pieces, hypotheses, output.sequences.cpu(), output.token_logprobs.float().cpu(), strict=True)
     for piece, hypothesis, ids, logprobs in rows:
         ends = torch.isin(ids, torch.tensor(model.end_token_ids)).nonzero()

@@ -26,7 +26,16 @@ CONTENTS = [
 FORMS = pytest.mark.parametrize("light", [False, True], ids=["whole", "light"])
 HUB_FILES = {
     f"{room}_voxkrikri.py"
-    for room in ("configuration", "modeling", "checkpoint", "generation", "processing", "transcription", "pipeline")
+    for room in (
+        "configuration",
+        "modeling",
+        "checkpoint",
+        "generation",
+        "greedy",
+        "processing",
+        "transcription",
+        "pipeline",
+    )
 }
 
 

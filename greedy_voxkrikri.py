@@ -1,0 +1,267 @@
+"""Greedy decoding of the fused LLM, with a draft that makes it quick and changes nothing.
+
+* Whisper's hypothesis, in the LLM's tokens, is a free *draft* of the text. One pass of the LLM reads a stretch of it
+  and tells what it would write after every token. As far as both agree the draft is the text, and what the LLM writes
+  at the first disagreement comes next: the tokens are plain greedy's, in fewer passes. Without a draft, or past it,
+  this is plain greedy decoding. (Leviathan et al., 2023, with a draft of zero cost; the way back is `Draft`.)
+* In causal mode the end may be written only by a row that sees the last state. A row that wants it earlier is dropped
+  and fed again, and it and all later rows see one state more.
+* The clips of a batch accept different numbers of tokens. What was fed and rejected stays in the cache as a hole that
+  the attention mask hides; an LLM with a sliding window would count the holes, so there they are closed.
+"""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class GreedyOutput(ModelOutput):
+    """What `greedy_search` returns.
+
+    Args:
+        sequences: `(batch, prompt and tokens)`, padded after the end.
+        token_logprobs: `(batch, tokens)` log-probability of every new token, 0 on padding.
+        passes: how often the LLM ran.
+        drafted, accepted: `(batch,)`, draft tokens that were verified, and those that were right.
+    """
+
+    sequences: torch.LongTensor | None = None
+    token_logprobs: torch.FloatTensor | None = None
+    passes: int | None = None
+    drafted: torch.LongTensor | None = None
+    accepted: torch.LongTensor | None = None
+
+
+class Draft:
+    """What the text will probably be. After a disagreement it finds its way back, never backwards:
+
+    * the LLM's token stands a little further on: what lies between was left out;
+    * else the LLM writes another word here: the draft is offered again from its next word on.
+
+    A draft that is wrong again and again is offered less.
+    """
+
+    LONGEST, SHORTEST = 64, 12  # tokens offered in one pass
+    REACH = 8  # tokens ahead in which a token of the LLM is looked for
+    PATIENCE, REST = 4, 6  # passes without any agreement, then passes without an offer
+
+    def __init__(self, ids: list[int], word_starts: list[bool]):
+        self.ids, self.word_starts = ids, word_starts
+        self.reached = self.next = 0  # what the text has covered, and what is offered next
+        self.size, self.misses, self.rested = self.LONGEST, 0, 0
+
+    def offer(self) -> list[int]:
+        if self.misses >= self.PATIENCE and self.rested < self.REST:
+            self.rested += 1
+            return []
+        return self.ids[self.next : self.next + self.size]
+
+    def learn(self, offered: int, accepted: int) -> None:
+        """Takes note of how many of the offered tokens were right."""
+        if offered:
+            self.misses, self.rested = 0 if accepted else self.misses + 1, 0
+            self.size = min(self.LONGEST, max(self.SHORTEST, 4 * accepted))
+
+    def follow(self, token: int) -> None:
+        """The text goes on with `token`."""
+        ahead = self.ids[self.reached : self.reached + self.REACH]
+        if self.next < len(self.ids) and self.ids[self.next] == token:
+            self.reached = self.next = self.next + 1
+        elif token in ahead:
+            self.reached = self.next = self.reached + ahead.index(token) + 1
+        elif self.next == self.reached:
+            self.next += 1
+            while self.next < len(self.ids) and not self.word_starts[self.next]:
+                self.next += 1
+
+
+@dataclass
+class Clip:
+    """One clip of the batch while it is written."""
+
+    prompt: list[int]
+    prompt_mask: list[int]
+    draft: Draft
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    waits: list[int] = field(
+        default_factory=lambda: [0]
+    )  # states each row sees beyond its alignment; the last is open
+    finished: bool = False
+    drafted: int = 0
+    accepted: int = 0
+
+    def columns(self, offer: list[int], characters: list[int]) -> dict[str, list[int]]:
+        """What the LLM is fed for prompt, text and offered draft: row t is the column before token t."""
+        text = self.tokens + offer
+        before = len(self.prompt) - 1  # columns that predict nothing
+        return {
+            "input_ids": self.prompt + text,
+            "attention_mask": self.prompt_mask + [1] * len(text),
+            "text_positions": [-1] * before + list(range(len(text) + 1)),
+            "text_characters": [0] * before + list(accumulate((characters[token] for token in text), initial=0)),
+            "state_waits": [0] * before + self.waits + [self.waits[-1]] * len(offer),
+        }
+
+
+PADDING = {"input_ids": 0, "attention_mask": 0, "text_positions": -1, "text_characters": 0, "state_waits": 0}
+
+
+def greedy_search(
+    model,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    draft_ids: torch.LongTensor | None = None,
+    draft_word_starts: torch.BoolTensor | None = None,
+    **model_kwargs,
+) -> GreedyOutput:
+    """transformers' `custom_generate` for VoxKrikri: see above.
+
+    Args:
+        draft_ids: `(batch, n)`, the draft and its end, padded with -1.
+        draft_word_starts: `(batch, n)`, the draft's tokens that begin a word.
+
+    Raises:
+        ValueError: for a streamer beside a batch, whose clips do not grow in step.
+    """
+    if streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"a streamer takes one clip at a time, got {len(input_ids)}")
+    device, prompt_length = input_ids.device, model_kwargs.pop("prompt_length")
+    prompt_mask = model_kwargs.pop("attention_mask")
+    if prompt_mask is None:  # transformers drops one without padding
+        prompt_mask = torch.ones_like(input_ids)
+    audio = {name: model_kwargs.pop(name, None) for name in model.ALIGNMENT_INPUTS}
+    keep = {name: model_kwargs.pop(name, None) for name in ("audio_keys", "audio_values", "fusion_mode")}
+    lookahead = model_kwargs.pop("alignment_lookahead", None)
+    end_ids, characters = set(model.end_token_ids), model.token_characters.tolist()
+    most = stopping_criteria.max_length - prompt_length  # tokens of a text
+    stop_ids = end_ids.union(
+        *(c.eos_token_id.flatten().tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria))
+    )
+    further = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+    clips = []
+    for row, (prompt, prompt_row) in enumerate(zip(input_ids.tolist(), prompt_mask.tolist(), strict=True)):
+        ids = [] if draft_ids is None else [token for token in draft_ids[row].tolist() if token >= 0]
+        starts = [True] * len(ids) if draft_word_starts is None else draft_word_starts[row].tolist()
+        clips.append(Clip(prompt, prompt_row, Draft(ids, starts)))
+
+    cache = DynamicCache() if generation_config.use_cache else None  # without sliding layers, which cannot be cropped
+    cached_mask = torch.zeros(len(clips), 0, dtype=torch.long, device=device)
+    passes = 0
+    while not all(clip.finished for clip in clips):
+        offers = []
+        for clip in clips:
+            room = max(0, most - len(clip.tokens) - 1)
+            offers.append([] if clip.finished else clip.draft.offer()[:room])
+        columns = [clip.columns(offer, characters) for clip, offer in zip(clips, offers, strict=True)]
+        if cached_mask.shape[1]:  # all but the last token of the text is in the cache
+            columns = [
+                {name: values[-1 - len(offer) :] for name, values in column.items()}
+                for column, offer in zip(columns, offers, strict=True)
+            ]
+        # The last tokens of all texts stand in one column, offers right of it, the rest left of it.
+        last = max(len(column["input_ids"]) - len(offer) for column, offer in zip(columns, offers, strict=True)) - 1
+        width = last + 1 + max(map(len, offers))
+        block = {name: torch.full((len(clips), width), padding) for name, padding in PADDING.items()}
+        for row, (column, offer) in enumerate(zip(columns, offers, strict=True)):
+            stop = last + 1 + len(offer)
+            for name, values in column.items():
+                block[name][row, stop - len(values) : stop] = torch.tensor(values)
+        block = {name: values.to(device) for name, values in block.items()}
+        valid = block.pop("attention_mask")
+        attention_mask = torch.cat([cached_mask, valid], dim=-1)
+        logits = model(
+            **block,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -width:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=width - last,
+            alignment_lookahead=lookahead,
+            **audio,
+            **keep,
+        ).logits.float()
+        passes += 1
+        may_end = torch.ones(logits.shape[:2], dtype=torch.bool)
+        if keep["fusion_mode"] == "causal":
+            rows = {name: block[name][:, last:] for name in ("text_positions", "text_characters", "state_waits")}
+            may_end = model.sees_last_state(alignment_lookahead=lookahead, **rows, **audio)
+        may_end = may_end.tolist()
+        if not logits_processor:
+            logprobs, tokens = (values.tolist() for values in logits.log_softmax(-1).max(-1))
+
+        taken = [0] * len(clips)  # columns from the last token on that belong to the text now
+        for row, (clip, offer) in enumerate(zip(clips, offers, strict=True)):
+            right = 0
+            while not clip.finished:
+                column = taken[row]
+                if logits_processor:
+                    text = torch.tensor([clip.prompt + clip.tokens], device=device)
+                    scores = logits_processor(text, logits[row : row + 1, column]).log_softmax(-1)
+                    logprob, token = scores[0].max().item(), scores[0].argmax().item()
+                else:
+                    logprob, token = logprobs[row][column], tokens[row][column]
+                if token in end_ids and not may_end[row][column]:
+                    clip.waits[-1] += 1
+                    break
+                taken[row] += 1
+                clip.tokens.append(token)
+                clip.logprobs.append(logprob)
+                clip.waits.append(clip.waits[-1])
+                clip.draft.follow(token)
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
+                clip.finished = token in stop_ids or len(clip.tokens) >= most
+                if further and not clip.finished:
+                    text = torch.tensor([clip.prompt + clip.tokens], device=device)
+                    clip.finished = any(bool(criterion(text, None)) for criterion in further)
+                if column == len(offer) or offer[column] != token:
+                    break
+                right += 1
+            clip.draft.learn(len(offer), right)
+            clip.drafted += len(offer)
+            clip.accepted += right
+
+        if cache is not None:
+            taken = torch.tensor(taken, device=device)
+            kept = torch.arange(width, device=device) < last + taken[:, None]
+            cached_mask = torch.cat([cached_mask, valid * kept], dim=-1)
+            surplus = width - last - int(taken.max())
+            if surplus:
+                cache.crop(-surplus)
+                cached_mask = cached_mask[:, :-surplus]
+            if getattr(model.config.text_config, "sliding_window", None) is not None:
+                cached_mask = close_holes(cache, cached_mask)
+    if streamer is not None:
+        streamer.end()
+
+    pad_id = model.end_token_ids[0] if generation_config.pad_token_id is None else generation_config.pad_token_id
+    texts = [torch.tensor(clip.tokens, device=device) for clip in clips]
+    logprobs = [torch.tensor(clip.logprobs, device=device) for clip in clips]
+    return GreedyOutput(
+        sequences=torch.cat([input_ids, pad_sequence(texts, batch_first=True, padding_value=pad_id)], dim=-1),
+        token_logprobs=pad_sequence(logprobs, batch_first=True),
+        passes=passes,
+        drafted=torch.tensor([clip.drafted for clip in clips]),
+        accepted=torch.tensor([clip.accepted for clip in clips]),
+    )
+
+
+def close_holes(cache: DynamicCache, mask: torch.LongTensor) -> torch.LongTensor:
+    """Moves every row's tokens to the end of the cache, in their order, and returns the mask of that."""
+    order = mask.argsort(dim=-1, stable=True)
+    for layer in cache.layers:
+        index = order[:, None, :, None].expand_as(layer.keys)
+        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+    return mask.gather(1, order)

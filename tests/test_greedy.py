@@ -1,0 +1,141 @@
+"""A draft changes how often the LLM runs and nothing else."""
+
+import random
+
+import pytest
+import torch
+from conftest import assemble, tiny_text_model
+from test_generation import FORMS, PROMPTS, aligned_by, hear, model, prompt_batch, with_end_bias, without_padding  # noqa: F401
+from transformers import LogitsProcessorList, MistralConfig, MistralForCausalLM, RepetitionPenaltyLogitsProcessor
+
+from voxkrikri.greedy_voxkrikri import Draft
+
+
+def edit(ids: list[int], rng: random.Random, share: float) -> list[int]:
+    """`ids` with about a share of them replaced, left out or doubled."""
+    edited = []
+    for token in ids:
+        kind = rng.choice(["replace", "leave out", "insert"]) if rng.random() < share else "keep"
+        edited += {"replace": [rng.randrange(300)], "leave out": [], "insert": [token, rng.randrange(300)]}.get(
+            kind, [token]
+        )
+    return edited
+
+
+def drafts_like(texts: list[list[int]], kind: str, end: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of drafts of one kind for these texts."""
+    rng = random.Random(f"{kind} {seed}")
+    make = {
+        "empty": lambda ids: [],
+        "the text": lambda ids: ids,
+        "edited": lambda ids: edit(ids, rng, 0.2),
+        "much edited": lambda ids: edit(ids, rng, 0.7),
+        "of another": lambda ids: [rng.randrange(300) for _ in range(30)],
+        "over-long": lambda ids: ids[:-1] + [rng.randrange(300) for _ in range(200)],
+        "ends at once": lambda ids: [end],
+        "without an end": lambda ids: ids[: len(ids) // 2],
+    }[kind]
+    rows = [make(ids) for ids in texts]
+    width = max(1, *map(len, rows))
+    starts = [[rng.random() < 0.5 for _ in range(width)] for _ in rows]
+    return {
+        "draft_ids": torch.tensor([row + [-1] * (width - len(row)) for row in rows]),
+        "draft_word_starts": torch.tensor(starts),
+    }
+
+
+KINDS = ["empty", "the text", "edited", "much edited", "of another", "over-long", "ends at once", "without an end"]
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0], ids=["", "early ends"])
+@pytest.mark.parametrize("prompted", [False, True], ids=["bare", "prompted"])
+@pytest.mark.parametrize(("mode", "alignment"), FORMS)
+def test_any_draft_gives_the_tokens_of_none(model, features, mode, alignment, prompted, bias):  # noqa: F811
+    model = with_end_bias(aligned_by(model, alignment), bias)
+    audio, singles = hear(model, features)
+    options = {"fusion_mode": mode, "return_dict_in_generate": True, "max_new_tokens": 24}
+    prompts = prompt_batch(model) if prompted else {}
+    plain = model.generate(**audio, **prompts, **options)
+    texts = [without_padding(model, ids) for ids in plain.sequences]
+    assert not plain.drafted.any()
+    for kind in KINDS:
+        drafts = drafts_like(texts, kind, model.end_token_ids[0])
+        drafted = model.generate(**audio, **prompts, **drafts, **options)
+        assert torch.equal(drafted.sequences, plain.sequences), kind
+        assert torch.allclose(drafted.token_logprobs, plain.token_logprobs, atol=1e-4), kind
+        assert drafted.passes <= plain.passes, kind
+        assert (drafted.accepted <= drafted.drafted).all()
+        uncached = model.generate(**audio, **prompts, **drafts, **options, use_cache=False)
+        assert torch.equal(uncached.sequences, plain.sequences), kind
+        for clip, single in enumerate(singles):
+            prompt = {"input_ids": torch.tensor([PROMPTS[clip]])} if prompted else {}
+            own = {name: value[clip : clip + 1] for name, value in drafts.items()}
+            alone = model.generate(**single, **prompt, **own, **options)
+            assert without_padding(model, alone.sequences[0]) == texts[clip], kind
+
+
+def test_a_perfect_draft_needs_one_pass_and_a_wrong_word_two_more(model, features):  # noqa: F811
+    audio, _ = hear(model, features)
+    options = {"fusion_mode": "full", "return_dict_in_generate": True, "max_new_tokens": 24}
+    plain = model.generate(**audio, **options)
+    texts = [without_padding(model, ids) for ids in plain.sequences]
+    assert plain.passes == max(map(len, texts))
+    drafts = drafts_like(texts, "the text", model.end_token_ids[0])
+    assert model.generate(**audio, **drafts, **options).passes == 1
+    drafts["draft_ids"][:, 5] = 7
+    drafts["draft_word_starts"][:] = True
+    assert model.generate(**audio, **drafts, **options).passes == 2
+
+
+@pytest.mark.parametrize("mode", ["full", "causal"])
+def test_holes_are_closed_for_an_llm_with_a_sliding_window(tokenizers, features, mode):
+    text = tiny_text_model(tokenizers.text, MistralConfig, MistralForCausalLM, sliding_window=4)
+    model = with_end_bias(assemble(tokenizers, text=text), 2.0)  # noqa: F811
+    audio, _ = hear(model, features)
+    options = {"fusion_mode": mode, "max_new_tokens": 24}
+    plain = model.generate(**audio, **prompt_batch(model), **options, use_cache=False)
+    texts = [without_padding(model, ids) for ids in plain]
+    for kind in KINDS:
+        drafts = drafts_like(texts, kind, model.end_token_ids[0])
+        assert torch.equal(model.generate(**audio, **prompt_batch(model), **drafts, **options), plain), kind
+
+
+def test_other_processors_of_the_logits_see_the_text_so_far(model, features):  # noqa: F811
+    audio, _ = hear(model, features)
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8)])
+    options = {"fusion_mode": "causal", "logits_processor": processors, "max_new_tokens": 24}
+    plain = model.generate(**audio, **options)
+    drafts = drafts_like([without_padding(model, ids) for ids in plain], "edited", model.end_token_ids[0])
+    assert torch.equal(model.generate(**audio, **drafts, **options), plain)
+    assert not torch.equal(model.generate(**audio, fusion_mode="causal", max_new_tokens=24), plain)
+
+
+def test_the_way_back_after_a_disagreement():
+    words = [[1, 2], [3], [4, 5, 6], [7], [8, 9]]
+    ids = [token for word in words for token in word]
+    starts = [index == 0 for word in words for index in range(len(word))]
+
+    def after(*tokens: int) -> list[int]:
+        draft = Draft(ids, starts)
+        for token in tokens:
+            draft.follow(token)
+        return draft.offer()
+
+    assert after() == ids
+    assert after(1, 2, 3) == [4, 5, 6, 7, 8, 9]
+    assert after(1, 2, 50) == [4, 5, 6, 7, 8, 9]  # another word for [3]
+    assert after(1, 2, 50, 51, 4) == [5, 6, 7, 8, 9]  # of two tokens
+    assert after(1, 2, 4) == [5, 6, 7, 8, 9]  # [3] is left out
+    assert after(1, 2, 50, 3) == [4, 5, 6, 7, 8, 9]  # a word more
+    assert after(1, 2, 3, 4, 50, 6) == [7, 8, 9]  # another middle of [4, 5, 6]
+
+
+def test_a_wrong_draft_is_offered_less():
+    draft = Draft(list(range(100)), [True] * 100)
+    offered = []
+    for _ in range(40):
+        offer = draft.offer()
+        offered.append(len(offer))
+        draft.learn(len(offer), 0)
+    assert offered[0] == Draft.LONGEST and offered[1] == Draft.SHORTEST
+    assert sum(size > 0 for size in offered) <= Draft.PATIENCE + 1 + 40 // (Draft.REST + 1)
