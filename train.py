@@ -31,14 +31,19 @@ from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration, VoxKri
 RECIPE_COPY = "recipe.yaml"
 
 
+def model_settings() -> list[str]:
+    """The keys that a recipe's `model` may have."""
+    known = [name for name in signature(VoxKrikriConfig.__init__).parameters if name not in ("self", "kwargs")]
+    return ["init_from", "speech", "text", "dtype", "text_kwargs", *known]
+
+
 def load_model(model: dict) -> tuple[VoxKrikriForConditionalGeneration, VoxKrikriProcessor]:
     """A model assembled from its backbones, or an earlier run's (`init_from`), whose settings may change.
 
     An earlier run without LoRA gets one here where the recipe asks for it: the fusion first, then the LLM.
     """
     settings = dict(model)
-    known = [name for name in signature(VoxKrikriConfig.__init__).parameters if name not in ("self", "kwargs")]
-    check_names(settings, ["init_from", "speech", "text", "dtype", "text_kwargs", *known], "model")
+    check_names(settings, model_settings(), "model")
     if source := settings.pop("init_from", None):
         config = VoxKrikriConfig.from_pretrained(source)
         lora = settings.pop("lora", None) if config.lora is None else None

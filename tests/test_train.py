@@ -29,6 +29,7 @@ from voxkrikri import VoxKrikriForConditionalGeneration
 
 
 ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name != "sources")
 
 
 @pytest.fixture(scope="module")
@@ -497,6 +498,13 @@ def test_a_folder_with_another_run_is_refused(workshop, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="no run of a recipe"):
         train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_one(path):
+    recipe = read_recipe(path, [])
+    assert not set(recipe.training) - {known.name for known in dataclasses.fields(TrainingArguments)}
+    train.check_names(recipe.model, train.model_settings(), "model")
 
 
 def test_the_plan_tells_what_a_run_will_need_and_makes_nothing(workshop, tmp_path, capsys):
