@@ -91,9 +91,8 @@ class Clip:
     draft: Draft
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    waits: list[int] = field(
-        default_factory=lambda: [0]
-    )  # states each row sees beyond its alignment; the last is open
+    # States that each row of the text sees beyond its alignment; the last row has written nothing yet.
+    waits: list[int] = field(default_factory=lambda: [0])
     finished: bool = False
     drafted: int = 0
     accepted: int = 0
