@@ -74,7 +74,7 @@ class VoxKrikriCheckpointMixin:
         return model.eval()
 
     def _in_light(self, name: str) -> bool:
-        return self.is_trained(name) or name in ("speech_characters", "token_characters")
+        return self.is_trained(name) or name in ("speech_bytes", "text_bytes")
 
     def save_pretrained(
         self, save_directory, light: bool | None = None, max_shard_size: str = "5GB", **kwargs

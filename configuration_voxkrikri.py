@@ -19,10 +19,11 @@ class VoxKrikriConfig(PretrainedConfig):
         fusion_heads: heads of the cross-attention. None: as many as the LLM's attention has.
         fusion_norm: RMSNorm on the text states before Q; without it the fusion is Eq. 5 to the letter.
         fusion_mode: "full" (offline) or "causal" (Eqs. 3-4), the default of forward and generate.
-        alignment: "ratio" (s_t = floor(S/T t), Eq. 3) or "text" (the state of the hypothesis token that the
-            characters written so far have reached).
+        alignment: "ratio" (s_t = floor(S/T t), Eq. 3) or "text" (the state of the hypothesis token at which
+            the text so far stands, by edit distance).
         alignment_lookahead: k, in Whisper tokens, added to s_t in causal fusion.
-        alignment_prior: adds -(s - c_t)^2 / (2 sigma^2) to M, sigma learned per head, c_t the aligned position.
+        alignment_prior: adds -(s - c_t - m)^2 / (2 sigma^2) to M: c_t is the aligned position, shift m and width sigma
+                are learned per head.
         states_per_token: the constant S/T used where the hypothesis's LLM tokens are not counted, as in a stream.
         lora: keyword arguments of peft.LoraConfig for the LLM, or None for no adapter.
         trained_text_modules: name prefixes inside the LLM, such as "lm_head", that training changes beside LoRA.

@@ -63,12 +63,12 @@ class NoEndBeforeLastState(LogitsProcessor):
         self.model, self.prompt_length, self.lookahead, self.audio = model, prompt_length, lookahead, audio
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        rows = self.model.text_rows(input_ids, self.prompt_length)
-        rows = {name: value[:, -1:] for name, value in rows.items()}
         audio = {
             name: None if value is None else value.repeat_interleave(len(input_ids) // len(value), dim=0)
             for name, value in self.audio.items()
         }
+        rows = self.model.text_rows(input_ids, self.prompt_length, audio["hypothesis_ids"])
+        rows = {name: value[:, -1:] for name, value in rows.items()}
         early = ~self.model.sees_last_state(alignment_lookahead=self.lookahead, **rows, **audio)
         scores = scores.clone()
         scores[:, self.model.end_token_ids] = scores[:, self.model.end_token_ids].masked_fill(early, -torch.inf)
@@ -79,7 +79,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
     """Decoding of VoxKrikriForConditionalGeneration, which owns `speech_model` and `language_model`."""
 
     # Tensors of one row per clip that place the states beside the text, whatever is being decoded.
-    ALIGNMENT_INPUTS = ("state_lengths", "state_characters", "hypothesis_token_counts")
+    ALIGNMENT_INPUTS = ("state_lengths", "hypothesis_ids", "hypothesis_token_counts")
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -181,18 +181,27 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             hypothesis_ids = self.generate_hypothesis(encoder_outputs, prefix_ids, **kwargs)
         return self.get_audio_states(encoder_outputs, prefix_ids, hypothesis_ids)
 
-    def text_rows(self, input_ids: torch.LongTensor, prompt_length: int) -> dict[str, torch.LongTensor]:
-        """Where the rows of a text being decoded stand: t and the characters written before it, each `(batch, rows)`."""
+    def text_rows(
+        self, input_ids: torch.LongTensor, prompt_length: int, hypothesis_ids: torch.LongTensor | None
+    ) -> dict[str, torch.LongTensor]:
+        """Where the rows of a text being decoded stand: t, and how far it has followed the hypothesis; each `(batch, rows)`."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) - (prompt_length - 1)
         positions = positions.clamp(min=-1).expand_as(input_ids)
-        return {"text_positions": positions, "text_characters": self.count_characters(input_ids, positions)}
+        reached = self.follow_hypothesis(input_ids, positions, hypothesis_ids)
+        return {"text_positions": positions, "text_reached": reached}
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, prompt_length: int | None = None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        prompt_length: int | None = None,
+        hypothesis_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if prompt_length is not None:
             count = inputs["input_ids"].shape[1]
-            rows = self.text_rows(input_ids, prompt_length)
-            inputs |= {name: value[:, -count:] for name, value in rows.items()}
+            rows = self.text_rows(input_ids, prompt_length, hypothesis_ids)
+            inputs |= {name: value[:, -count:] for name, value in rows.items()} | {"hypothesis_ids": hypothesis_ids}
         return inputs
 
     @torch.no_grad()
@@ -257,7 +266,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         keys, values = self.project_audio(audio.audio_states)
         alignment = {
             "state_lengths": audio.state_lengths,
-            "state_characters": self.state_characters(audio.hypothesis_ids),
+            "hypothesis_ids": audio.hypothesis_ids,
             "hypothesis_token_counts": hypothesis_token_counts,
         }
         config = kwargs.get("generation_config") or self.generation_config

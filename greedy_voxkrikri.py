@@ -11,14 +11,16 @@
 """
 
 from dataclasses import dataclass, field
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
+
+from .alignment_voxkrikri import TextFollower, spell
 
 
 @dataclass
@@ -89,28 +91,31 @@ class Clip:
     prompt: list[int]
     prompt_mask: list[int]
     draft: Draft
+    follower: TextFollower
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     # States that each row of the text sees beyond its alignment; the last row has written nothing yet.
     waits: list[int] = field(default_factory=lambda: [0])
+    reached: list[int] = field(default_factory=lambda: [0])  # bytes of the hypothesis that each row's text stands for
     finished: bool = False
     drafted: int = 0
     accepted: int = 0
 
-    def columns(self, offer: list[int], characters: list[int]) -> dict[str, list[int]]:
+    def columns(self, offer: list[int], pieces: np.ndarray) -> dict[str, list[int]]:
         """What the LLM is fed for prompt, text and offered draft: row t is the column before token t."""
         text = self.tokens + offer
         before = len(self.prompt) - 1  # columns that predict nothing
+        follower = self.follower.copy()
         return {
             "input_ids": self.prompt + text,
             "attention_mask": self.prompt_mask + [1] * len(text),
             "text_positions": [-1] * before + list(range(len(text) + 1)),
-            "text_characters": [0] * before + list(accumulate((characters[token] for token in text), initial=0)),
+            "text_reached": [0] * before + self.reached + [follower.read(spell(pieces[token])) for token in offer],
             "state_waits": [0] * before + self.waits + [self.waits[-1]] * len(offer),
         }
 
 
-PADDING = {"input_ids": 0, "attention_mask": 0, "text_positions": -1, "text_characters": 0, "state_waits": 0}
+PADDING = {"input_ids": 0, "attention_mask": 0, "text_positions": -1, "text_reached": 0, "state_waits": 0}
 
 
 def greedy_search(
@@ -143,7 +148,10 @@ def greedy_search(
     audio = {name: model_kwargs.pop(name, None) for name in model.ALIGNMENT_INPUTS}
     keep = {name: model_kwargs.pop(name, None) for name in ("audio_keys", "audio_values", "fusion_mode")}
     lookahead = model_kwargs.pop("alignment_lookahead", None)
-    end_ids, characters = set(model.end_token_ids), model.token_characters.tolist()
+    end_ids, pieces = set(model.end_token_ids), model.text_bytes.cpu().numpy()
+    hypotheses = [b""] * len(input_ids)
+    if model.config.alignment == "text" and audio["hypothesis_ids"] is not None:
+        hypotheses = [spell(rows) for rows in model.speech_bytes[audio["hypothesis_ids"]].cpu().numpy()]
     most = stopping_criteria.max_length - prompt_length  # tokens of a text
     stop_ids = end_ids.union(
         *(c.eos_token_id.flatten().tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria))
@@ -153,7 +161,7 @@ def greedy_search(
     for row, (prompt, prompt_row) in enumerate(zip(input_ids.tolist(), prompt_mask.tolist(), strict=True)):
         ids = [] if draft_ids is None else [token for token in draft_ids[row].tolist() if token >= 0]
         starts = [True] * len(ids) if draft_word_starts is None else draft_word_starts[row].tolist()
-        clips.append(Clip(prompt, prompt_row, Draft(ids, starts)))
+        clips.append(Clip(prompt, prompt_row, Draft(ids, starts), TextFollower(hypotheses[row])))
 
     cache = DynamicCache() if generation_config.use_cache else None  # without sliding layers, which cannot be cropped
     cached_mask = torch.zeros(len(clips), 0, dtype=torch.long, device=device)
@@ -163,7 +171,7 @@ def greedy_search(
         for clip in clips:
             room = max(0, most - len(clip.tokens) - 1)
             offers.append([] if clip.finished else clip.draft.offer()[:room])
-        columns = [clip.columns(offer, characters) for clip, offer in zip(clips, offers, strict=True)]
+        columns = [clip.columns(offer, pieces) for clip, offer in zip(clips, offers, strict=True)]
         if cached_mask.shape[1]:  # all but the last token of the text is in the cache
             columns = [
                 {name: values[-1 - len(offer) :] for name, values in column.items()}
@@ -194,7 +202,7 @@ def greedy_search(
         passes += 1
         may_end = torch.ones(logits.shape[:2], dtype=torch.bool)
         if keep["fusion_mode"] == "causal":
-            rows = {name: block[name][:, last:] for name in ("text_positions", "text_characters", "state_waits")}
+            rows = {name: block[name][:, last:] for name in ("text_positions", "text_reached", "state_waits")}
             may_end = model.sees_last_state(alignment_lookahead=lookahead, **rows, **audio)
         may_end = may_end.tolist()
         if not logits_processor:
@@ -218,6 +226,7 @@ def greedy_search(
                 clip.tokens.append(token)
                 clip.logprobs.append(logprob)
                 clip.waits.append(clip.waits[-1])
+                clip.reached.append(clip.follower.read(spell(pieces[token])))
                 clip.draft.follow(token)
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))

@@ -3,14 +3,13 @@
 After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXiv 2509.15667). What is unusual here:
 
 * The audio the LLM sees is A, the last hidden states of Whisper's *decoder* over its own hypothesis: one vector a token.
-* Eq. 5 is `CrossModalFusion`; Eqs. 3-4 and the full mode are `aligned_states` and `alignment_mask`.
+* Eq. 5 is `CrossModalFusion`; Eqs. 3-4 are in `alignment_voxkrikri.py`.
 * The LLM is not subclassed. A forward hook on its layer I adds the audio; the decoder hands our `audio_*` keyword
   arguments down to it. V starts at zero, so that an untrained fusion leaves the LLM's logits as they are, to the bit.
 * Every row of text carries t, its place in the transcript. Training, left padding, decoding one row or many: one code.
 """
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +25,19 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers import initialization as init
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .alignment_voxkrikri import (
+    LONGEST_PIECE,
+    TextFollower,
+    aligned_states,
+    alignment_mask,
+    spell,
+    text_aligned_states,
+    token_bytes,
+)
 from .checkpoint_voxkrikri import VoxKrikriCheckpointMixin
 from .configuration_voxkrikri import FUSION_MODES, VoxKrikriConfig
 from .generation_voxkrikri import VoxKrikriGenerationMixin
@@ -43,60 +50,6 @@ except ImportError:
 
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # gemma2, granite, cohere
-
-
-def aligned_states(
-    text_positions: torch.LongTensor,
-    state_lengths: torch.LongTensor,
-    token_counts: torch.LongTensor | None,
-    states_per_token: float,
-) -> tuple[torch.LongTensor, torch.FloatTensor]:
-    """Ratio alignment (Eq. 3): row t lies at state floor(S/T t), by integer arithmetic.
-
-    Args:
-        text_positions: `(batch, rows)`, t.
-        state_lengths: `(batch,)`, S.
-        token_counts: `(batch,)`, T, or None: S/T is `states_per_token`, to three decimals.
-
-    Returns:
-        The state index and, unrounded, the centre (t + 1/2) S/T of the row's span, each `(batch, rows)`.
-    """
-    if token_counts is None:
-        states, tokens = torch.full_like(state_lengths, round(1000 * states_per_token)), 1000
-    else:
-        states, tokens = state_lengths, token_counts[:, None]
-    return (states[:, None] * text_positions) // tokens, (text_positions + 0.5) * states[:, None] / tokens
-
-
-def text_aligned_states(
-    text_characters: torch.LongTensor, state_characters: torch.LongTensor, state_lengths: torch.LongTensor
-) -> tuple[torch.LongTensor, torch.FloatTensor]:
-    """Text alignment: the last hypothesis token that starts at or before the character the text has reached.
-
-    Args:
-        text_characters: `(batch, rows)`, characters written before each row's token.
-        state_characters: `(batch, states)`, the first character of each hypothesis token, then of the end.
-        state_lengths: `(batch,)`, S: what lies behind is padding.
-
-    Returns:
-        The state index and the centre of that state, each `(batch, rows)`.
-    """
-    index = torch.searchsorted(state_characters, text_characters.contiguous(), right=True) - 1
-    index = torch.minimum(index, state_lengths[:, None] - 1)
-    return index, index + 0.5
-
-
-def alignment_mask(
-    text_positions: torch.LongTensor,
-    last_visible: torch.LongTensor,
-    num_states: int,
-) -> torch.BoolTensor:
-    """Which states each row sees, `(batch, rows, states)`: M_{t,s} is 0 where True and minus infinity elsewhere (Eq. 4).
-
-    A row outside the text (t = -1) may look at state 0, since a softmax over nothing is NaN; its result is dropped.
-    """
-    last_visible = torch.where(text_positions < 0, 0, last_visible)
-    return torch.arange(num_states, device=last_visible.device) <= last_visible[..., None]
 
 
 class CrossModalFusion(nn.Module):
@@ -113,6 +66,7 @@ class CrossModalFusion(nn.Module):
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.k_proj = nn.Linear(speech_hidden, hidden, bias=False)
         self.v_proj = nn.Linear(speech_hidden, hidden, bias=False)
+        self.prior_shift = nn.Parameter(torch.empty(self.heads)) if config.alignment_prior else None
         self.log_sigma = nn.Parameter(torch.empty(self.heads)) if config.alignment_prior else None
 
     def project_audio(self, audio_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +95,8 @@ class CrossModalFusion(nn.Module):
         queries = self.q_proj(self.norm(hidden_states)).unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
         scores = (queries @ keys.transpose(-1, -2)).float() / self.head_size**0.5
         if self.log_sigma is not None:
-            scores = scores - offsets[:, None] ** 2 / (2 * self.log_sigma.float().exp()[:, None, None] ** 2)
+            distance = offsets[:, None] - self.prior_shift.float()[:, None, None]
+            scores = scores - distance**2 / (2 * self.log_sigma.float().exp()[:, None, None] ** 2)
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
         mixed = (scores.softmax(-1).to(values.dtype) @ values).transpose(1, 2).flatten(-2)
         return mixed * is_text[..., None]
@@ -166,30 +121,6 @@ class LoraLinear(nn.Module):
             return self.base_layer(hidden_states)
         update = self.lora_B["default"](self.lora_A["default"](hidden_states))
         return self.base_layer(hidden_states) + self.scaling * update
-
-
-def token_characters(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
-    """How many characters each token writes, `(vocab_size,)` int32; 0 for special tokens.
-
-    A character split over several tokens counts where its first byte stands.
-    """
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1]  # some decoders drop a space before the first word
-    anchor_length = len(tokenizer.decode([anchor]))
-    special = set(tokenizer.all_special_ids)
-    counts = torch.zeros(vocab_size, dtype=torch.int32)
-    for token in range(min(len(tokenizer), vocab_size)):
-        if token in special:
-            continue
-        text = tokenizer.decode([anchor, token])[anchor_length:]
-        if "\ufffd" in text:  # a piece of bytes: "<0xCE>" in SentencePiece, else one letter a byte
-            piece = tokenizer.convert_ids_to_tokens(token)
-            single = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-            data = [int(single[1], 16)] if single else [byte_of.get(letter, 0) for letter in piece]
-            counts[token] = sum(byte & 0xC0 != 0x80 for byte in data)
-        else:
-            counts[token] = len(text)
-    return counts
 
 
 class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGenerationMixin, PreTrainedModel):
@@ -223,9 +154,9 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         self.fusion = nn.ModuleList(CrossModalFusion(config) for _ in config.injection_layers)
         for index, layer in enumerate(config.injection_layers):
             layers[layer - 1].register_forward_hook(partial(self._fuse, index), with_kwargs=True)
-        # Characters a token writes, for the text alignment. (Processes cannot send each other int16.)
-        self.register_buffer("speech_characters", torch.zeros(config.speech_config.vocab_size, dtype=torch.int32))
-        self.register_buffer("token_characters", torch.zeros(config.text_config.vocab_size, dtype=torch.int32))
+        # What each token writes, for the text alignment.
+        for name, part in (("speech_bytes", config.speech_config), ("text_bytes", config.text_config)):
+            self.register_buffer(name, torch.zeros(part.vocab_size, LONGEST_PIECE, dtype=torch.uint8))
         if config.lora is not None:
             self.add_lora(config.lora)
         self.post_init()
@@ -266,14 +197,18 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
                 module._is_hf_initialized = True  # peft has done it: B starts at zero
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Q and K as the LLM's own linears, V zero, sigma from 1 to 8 states over the heads."""
+        """Q and K as the LLM's own linears, V zero; the prior's heads look 0, 1, 2, 3 states ahead, ever less sharply.
+
+        A token is spelt by a few states in a row, and nothing else in Eq. 5 tells the first of them from the next.
+        """
         for fusion in self.fusion:  # leaf by leaf: transformers skips a module that has no parameter of its own
             if module in (fusion.q_proj, fusion.k_proj):
                 init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
             elif module is fusion.v_proj:
                 init.zeros_(module.weight)
             elif module is fusion and fusion.log_sigma is not None:
-                init.copy_(fusion.log_sigma, torch.linspace(0, 3, fusion.heads) * torch.log(torch.tensor(2.0)))
+                init.copy_(fusion.prior_shift, torch.arange(fusion.heads) % 4.0)
+                init.copy_(fusion.log_sigma, torch.linspace(-1, 1, fusion.heads) * torch.log(torch.tensor(2.0)))
 
     # ---- the parts
 
@@ -318,8 +253,8 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         model = cls(config, speech, text)
         model.fusion.to(device=text.device, dtype=text.dtype)
         if tokenizer is not None and speech_tokenizer is not None:
-            model.speech_characters.copy_(token_characters(speech_tokenizer, config.speech_config.vocab_size))
-            model.token_characters.copy_(token_characters(tokenizer, config.text_config.vocab_size))
+            model.speech_bytes.copy_(token_bytes(speech_tokenizer, config.speech_config.vocab_size))
+            model.text_bytes.copy_(token_bytes(tokenizer, config.text_config.vocab_size))
         source = text.generation_config
         if source.eos_token_id is None and text.config.eos_token_id is None:
             raise ValueError(
@@ -405,30 +340,41 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
 
     # ---- alignment
 
-    def count_characters(self, input_ids: torch.LongTensor, text_positions: torch.LongTensor) -> torch.LongTensor:
-        """Characters written before each row's token, `(batch, rows)`: those of the text tokens up to the row's input."""
-        return (self.token_characters[input_ids].long() * (text_positions > 0)).cumsum(-1)
+    def follow_hypothesis(
+        self,
+        input_ids: torch.LongTensor,
+        text_positions: torch.LongTensor,
+        hypothesis_ids: torch.LongTensor | None,
+    ) -> torch.LongTensor:
+        """How many bytes of the hypothesis the text before each row's token stands for, `(batch, rows)`.
 
-    def state_characters(self, hypothesis_ids: torch.LongTensor | None) -> torch.LongTensor | None:
-        """The character at which each hypothesis token, and then the end, starts: `(batch, n + 1)`."""
-        if hypothesis_ids is None:
-            return None
-        ends = self.speech_characters[hypothesis_ids].long().cumsum(-1)
-        return nn.functional.pad(ends, (1, 0))
+        `input_ids` hold the text from its beginning; 0 where the configuration's alignment does not ask.
+        """
+        reached = torch.zeros(text_positions.shape, dtype=torch.long)
+        if self.config.alignment == "text" and hypothesis_ids is not None:
+            pieces = self.text_bytes[input_ids].cpu().numpy()
+            hypotheses = self.speech_bytes[hypothesis_ids].cpu().numpy()
+            for clip, positions in enumerate(text_positions.tolist()):
+                follower = TextFollower(spell(hypotheses[clip]))
+                for row, t in enumerate(positions):
+                    if t > 0:
+                        reached[clip, row] = follower.read(spell(pieces[clip, row]))
+        return reached.to(text_positions.device)
 
     def align(
         self,
         text_positions: torch.LongTensor,
         state_lengths: torch.LongTensor,
-        text_characters: torch.LongTensor | None = None,
-        state_characters: torch.LongTensor | None = None,
+        text_reached: torch.LongTensor | None = None,
+        hypothesis_ids: torch.LongTensor | None = None,
         hypothesis_token_counts: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         """State index and centre of every row, `(batch, rows)`, by the configuration's alignment."""
         if self.config.alignment == "text":
-            if text_characters is None or state_characters is None:
+            if text_reached is None or hypothesis_ids is None:
                 raise ValueError('alignment="text" needs the hypothesis: give hypothesis_ids beside audio_states')
-            return text_aligned_states(text_characters, state_characters, state_lengths)
+            ends = (self.speech_bytes[hypothesis_ids] != 0).sum(-1).cumsum(-1)
+            return text_aligned_states(text_reached, nn.functional.pad(ends, (1, 0)), state_lengths)
         return aligned_states(text_positions, state_lengths, hypothesis_token_counts, self.config.states_per_token)
 
     def last_visible_state(
@@ -499,8 +445,7 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
         audio_keys: torch.Tensor | None = None,
         audio_values: torch.Tensor | None = None,
         text_positions: torch.LongTensor | None = None,
-        text_characters: torch.LongTensor | None = None,
-        state_characters: torch.LongTensor | None = None,
+        text_reached: torch.LongTensor | None = None,
         state_waits: torch.LongTensor | None = None,
         hypothesis_token_counts: torch.LongTensor | None = None,
         fusion_mode: str | None = None,
@@ -519,7 +464,7 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
             audio_keys, audio_values: what `project_audio` makes of them.
             text_positions: `(batch, rows)`: t, the transcript token each row predicts, -1 outside; from the labels
                 if left out.
-            text_characters, state_characters: for the text alignment; from input_ids and hypothesis_ids if left out.
+            text_reached: `(batch, rows)`, for the text alignment: see `follow_hypothesis`, which makes it if left out.
             state_waits: `(batch, rows)`, states that each row sees beyond its alignment (`greedy_search`).
             hypothesis_token_counts: `(batch,)`, T; `states_per_token` stands in for S/T if left out.
             fusion_mode, alignment_lookahead: instead of the configuration's.
@@ -547,14 +492,12 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
                 if labels is None:
                     raise ValueError("beside audio, forward needs text_positions or labels to place the text")
                 text_positions = positions_from_labels(labels)
-            if text_characters is None and input_ids is not None:
-                text_characters = self.count_characters(input_ids, text_positions)
-            if state_characters is None:
-                state_characters = self.state_characters(hypothesis_ids)
+            if text_reached is None and input_ids is not None:
+                text_reached = self.follow_hypothesis(input_ids, text_positions, hypothesis_ids)
             if state_waits is None:
                 state_waits = self._waits_for_end(labels, state_lengths) if labels is not None else 0
             aligned, centres = self.align(
-                text_positions, state_lengths, text_characters, state_characters, hypothesis_token_counts
+                text_positions, state_lengths, text_reached, hypothesis_ids, hypothesis_token_counts
             )
             visible = self.last_visible_state(aligned, state_lengths, mode, alignment_lookahead, state_waits)
             num_states = audio_keys.shape[-2]

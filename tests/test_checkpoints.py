@@ -108,7 +108,7 @@ def test_a_light_checkpoint_holds_what_was_trained_alone(tokenizers, tmp_path):
     assert [path.name for path in (tmp_path / "light").glob("*.safetensors*")] == ["model-fusion.safetensors"]
     tensors = load_file(tmp_path / "light" / "model-fusion.safetensors")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert tensors.keys() == trained | {"speech_characters", "token_characters"}
+    assert tensors.keys() == trained | {"speech_bytes", "text_bytes"}
     assert trained < model.state_dict().keys()
 
 

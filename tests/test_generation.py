@@ -160,15 +160,14 @@ def test_beams_and_samples_do_not_end_before_the_last_state(model, features, opt
         ids = without_padding(model, ids)
         sees_all = []
         for t in range(len(ids)):
-            rows = model.text_rows(torch.tensor([[model.start_token_id, *ids[:t]]]), 1)
+            rows = model.text_rows(torch.tensor([[model.start_token_id, *ids[:t]]]), 1, single["hypothesis_ids"])
             rows = {name: value[:, -1:] for name, value in rows.items()}
-            starts = model.state_characters(single["hypothesis_ids"])
             sees_all.append(
                 bool(
                     model.sees_last_state(
                         **rows,
                         state_lengths=single["state_lengths"],
-                        state_characters=starts,
+                        hypothesis_ids=single["hypothesis_ids"],
                         hypothesis_token_counts=single["hypothesis_token_counts"],
                     )
                 )
@@ -192,7 +191,7 @@ def test_beams_find_no_worse_than_greedy(model, features, mode):
     audio, singles = hear(model, features)
     options = {"fusion_mode": mode, "max_new_tokens": 2, "return_dict_in_generate": True}
     greedy = model.generate(**audio, **options)
-    beams = model.generate(**audio, num_beams=len(model.token_characters) // 2, **options)
+    beams = model.generate(**audio, num_beams=len(model.text_bytes) // 2, **options)
     assert (beams.token_logprobs.sum(-1) >= greedy.token_logprobs.sum(-1) - 1e-4).all()
     few = model.generate(**audio, num_beams=3, **options)
     for clip, single in enumerate(singles):

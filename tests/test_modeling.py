@@ -5,14 +5,8 @@ import torch
 from conftest import assemble, tiny_speech_model, tiny_text_model
 
 from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration, modeling_voxkrikri
-from voxkrikri.modeling_voxkrikri import (
-    CrossModalFusion,
-    aligned_states,
-    alignment_mask,
-    positions_from_labels,
-    text_aligned_states,
-    token_characters,
-)
+from voxkrikri.alignment_voxkrikri import alignment_mask
+from voxkrikri.modeling_voxkrikri import CrossModalFusion, positions_from_labels
 
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -101,7 +95,8 @@ def test_one_head_without_norm_is_equation_5(prior):
     m = torch.zeros(1, 5, 4).masked_fill(~mask, -torch.inf)
     if prior:
         torch.nn.init.constant_(fusion.log_sigma, 0.3)
-        m = m - offsets**2 / (2 * torch.tensor(0.3).exp() ** 2)
+        torch.nn.init.constant_(fusion.prior_shift, 0.8)
+        m = m - (offsets - 0.8) ** 2 / (2 * torch.tensor(0.3).exp() ** 2)
 
     q, k, v = (projection.weight.T for projection in (fusion.q_proj, fusion.k_proj, fusion.v_proj))
     scores = (h @ q) @ (audio @ k).transpose(1, 2) / 8**0.5 + m
@@ -125,66 +120,6 @@ def test_heads_work_apart():
     ]
     added = fusion(h, *fusion.project_audio(audio), *everything)
     torch.testing.assert_close(added, torch.cat(expected, dim=-1))
-
-
-@pytest.mark.parametrize("lookahead", [0, 1, 3, 50])
-def test_ratio_alignment_is_equation_3(lookahead):
-    sizes = [(1, 1), (1, 9), (5, 3), (7, 7), (12, 5), (230, 97)]  # S, T
-    positions = torch.arange(-1, 20).expand(len(sizes), -1)
-    lengths, counts = torch.tensor(sizes).T
-    aligned, centres = aligned_states(positions, lengths, counts, 1.0)
-    last = torch.minimum(aligned + lookahead, lengths[:, None] - 1)
-    mask = alignment_mask(positions, last, 230)
-    for clip, (size, count) in enumerate(sizes):
-        for row, t in enumerate(range(-1, 20)):
-            s_t = 0 if t < 0 else min(size - 1, (size * t) // count + lookahead)
-            assert mask[clip, row].tolist() == [s <= s_t for s in range(230)]
-            assert centres[clip, row].item() == pytest.approx((t + 0.5) * size / count)
-
-
-def test_without_token_counts_the_constant_stands_in():
-    positions, lengths = torch.arange(9)[None], torch.tensor([100])
-    aligned, centres = aligned_states(positions, lengths, None, 1.25)
-    assert aligned[0].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 10]
-    assert centres[0].tolist() == [1.25 * (t + 0.5) for t in range(9)]
-
-
-def test_text_alignment_is_a_loop_over_characters():
-    hypothesis, text = [3, 0, 2, 4, 1], [2, 2, 0, 5, 1, 3, 3]  # characters each token writes
-    starts = torch.tensor([[sum(hypothesis[:s]) for s in range(len(hypothesis) + 1)]])
-    written = torch.tensor([[sum(text[:t]) for t in range(len(text) + 1)]])
-    aligned, centres = text_aligned_states(written, starts, torch.tensor([len(hypothesis) + 1]))
-    for t in range(len(text) + 1):
-        reached = [s for s in range(len(hypothesis) + 1) if sum(hypothesis[:s]) <= sum(text[:t])]
-        assert aligned[0, t] == max(reached)
-        assert centres[0, t] == max(reached) + 0.5
-
-
-def test_rows_of_a_text_find_their_states_by_its_characters(tokenizers):
-    model = assemble(tokenizers, alignment="text", fusion_mode="causal")
-    text = tokenizers.text("Η θάλασσα ήταν ήσυχη", add_special_tokens=False).input_ids
-    hypothesis = tokenizers.speech("Η θάλασσα ήταν", add_special_tokens=False).input_ids
-    prompt = tokenizers.text("Πότε;").input_ids
-    input_ids = torch.tensor([[*prompt, *text]])
-    positions = torch.tensor([[-1] * (len(prompt) - 1) + list(range(len(text) + 1))])
-    state_characters = model.state_characters(torch.tensor([hypothesis]))
-    aligned, _ = model.align(
-        positions, torch.tensor([len(hypothesis) + 1]), model.count_characters(input_ids, positions), state_characters
-    )
-    for t in range(len(text) + 1):
-        written = len(tokenizers.text.decode(text[:t]))
-        starts = [len(tokenizers.speech.decode(hypothesis[:s])) for s in range(len(hypothesis) + 1)]
-        assert aligned[0, len(prompt) - 1 + t] == max(s for s, start in enumerate(starts) if start <= written)
-
-
-@pytest.mark.parametrize("text", ["Η θάλασσα ήταν ήσυχη.", "ᾠδή: 5 € στο «𝄞»"])
-def test_characters_of_tokens_add_up_to_the_text(tokenizers, text):
-    for tokenizer in (tokenizers.text, tokenizers.speech):
-        counts = token_characters(tokenizer, len(tokenizer))
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert ("\ufffd" in "".join(tokenizer.decode([token]) for token in ids)) == ("𝄞" in text)
-        assert int(counts[ids].sum()) == len(" " + text)
-        assert not counts[tokenizer.all_special_ids].any()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -538,7 +473,8 @@ def test_assembling_leaves_the_backbones_as_they_are(tokenizers, tmp_path):
                 assert torch.equal(value, state[name]), name
         assert not model.fusion[0].v_proj.weight.any()
         assert model.fusion[0].q_proj.weight.std().item() == pytest.approx(0.3, rel=0.1)  # the LLM's initializer_range
-        torch.testing.assert_close(model.fusion[0].log_sigma.exp(), torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        torch.testing.assert_close(model.fusion[0].log_sigma.exp(), 2.0 ** torch.linspace(-1, 1, 4))
+        assert model.fusion[0].prior_shift.tolist() == [0, 1, 2, 3]
         assert {name for name, value in model.named_parameters() if value.requires_grad} == {
             f"fusion.0.{name}" for name, _ in model.fusion[0].named_parameters()
         }

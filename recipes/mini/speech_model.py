@@ -41,6 +41,7 @@ HIDDEN, ENCODER_LAYERS, DECODER_LAYERS, HEADS = 192, 4, 2, 3
 CTC_WEIGHT = 0.3
 WRONG_SHARE = 0.2
 PACKED_SHARE = 0.6
+LONGEST_TEXT = 128  # tokens of the decoder, its prefix and the end among them
 LETTERS = "αβγδεζηθικλμνξοπρστυφχψωάέήίόύώϊϋΐΰ"  # what CTC spells: neither spaces nor punctuation can be heard
 
 
@@ -92,7 +93,7 @@ def build_config(tokenizer: WhisperTokenizer) -> WhisperConfig:
         decoder_ffn_dim=4 * HIDDEN,
         num_mel_bins=80,
         max_source_positions=WINDOW * 16_000 // HOP // 2,  # the second convolution halves
-        max_target_positions=128,
+        max_target_positions=LONGEST_TEXT,
         dropout=0.1,
         init_std=0.04,
         apply_spec_augment=True,
@@ -178,11 +179,14 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         features, frames, text = self.items[index]
         fitting = bisect_right(self.items, features.shape[1] - frames, key=lambda item: item[1])
+        labels = self.tokenizer(text).input_ids[1:]  # decoder_start_token_id comes before the labels by itself
         if fitting and torch.rand(()) < self.packed:
             second, _, second_text = self.items[torch.randint(fitting, ())]
-            features = np.concatenate([features[:, :frames], second[:, : features.shape[1] - frames]], axis=1)
-            text = f"{text} {second_text}".strip()
-        labels = self.tokenizer(text).input_ids[1:]  # decoder_start_token_id comes before the labels by itself
+            both = f"{text} {second_text}".strip()
+            both_labels = self.tokenizer(both).input_ids[1:]
+            if len(both_labels) <= LONGEST_TEXT:
+                features = np.concatenate([features[:, :frames], second[:, : features.shape[1] - frames]], axis=1)
+                text, labels = both, both_labels
         letters = [LETTERS.index(letter) for letter in text.lower().replace("ς", "σ") if letter in LETTERS]
         return {
             "input_features": torch.from_numpy(features.astype(np.float32)),
