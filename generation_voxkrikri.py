@@ -141,8 +141,8 @@ class VoxKrikriGenerationMixin(GenerationMixin):
                 # Text tokens come before the end of text, all markers and times after it.
                 suppress_tokens=sorted(suppressed | set(range(end + 1, vocabulary))) or None,
                 begin_suppress_tokens=config.begin_suppress_tokens,
+                **kwargs,
             ),
-            **kwargs,
         )[:, prefix_ids.shape[1] :]
         longest = int((ids != end).sum(-1).max()) if ids.numel() else 0
         return ids[:, :longest]

@@ -21,8 +21,8 @@ import yaml
 from transformers import AutoTokenizer, TrainingArguments, WhisperFeatureExtractor, WhisperTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.data import LiveClips, PreparedClips, mix, prepare
-from training.plan import plan
+from training.data import LiveClips, PreparedClips, Texts, mix, prepare
+from training.plan import count_parameters, parameter_table, plan, require_disk
 from training.recipe import Recipe, Source, check_names, read_recipe
 from training.trainer import Collator, FusionTrainer
 from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration, VoxKrikriProcessor
@@ -118,11 +118,16 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(recipe.model)
     model.eval().to(args.device)
 
-    def prepare_all(sources: list[Source]) -> list[PreparedClips]:
+    require_disk(recipe, model.config)
+
+    def prepare_all(sources: list[Source]) -> list[PreparedClips | Texts]:
         sets = []
         for source in sources:
-            paths = prepare(source, recipe.data, model, processor, Path(recipe.prepared))
-            sets.append(PreparedClips(source.name, paths, recipe.data))
+            if source.has_texts_alone:
+                sets.append(Texts(source))
+            else:
+                paths = prepare(source, recipe.data, model, processor, Path(recipe.prepared))
+                sets.append(PreparedClips(source, paths, recipe.data))
             print(sets[-1].report())
         return sets
 
@@ -131,15 +136,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     if recipe.data.live:
         pairs = zip(train, recipe.data.train, strict=True)
-        train = [LiveClips(clips, source, recipe.data, processor.feature_extractor) for clips, source in pairs]
+        train = [
+            clips if source.has_texts_alone else LiveClips(clips, source, recipe.data, processor.feature_extractor)
+            for clips, source in pairs
+        ]
     train = mix(recipe.data.train, train)
     model.freeze_backbones()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        part = "fusion" if name.startswith("fusion.") else "text"
+        parameter.requires_grad_(parameter.requires_grad and recipe.learning_rates.get(part) != 0)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in bfloat16 small updates would be rounded away
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(train)} clips; training {trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters")
+    print(*parameter_table(*count_parameters(model)), sep="\n")
     trainer = FusionTrainer(
         model=model,
         args=args,

@@ -8,11 +8,11 @@ from huggingface_hub import ModelCard, RepoCard
 
 from tools import publish
 from tools.parameters import paper_config, table
-from training.plan import count_parameters
+from training.plan import build_on_meta, count_parameters
 
 
 def test_parameters_of_the_papers_model():
-    counts, trained = count_parameters(paper_config())
+    counts, trained = count_parameters(build_on_meta(paper_config()))
     backbones = counts.total() - counts["LoRA"] - counts["fusion"]
     assert round(backbones / 1e9, 3) == 9.746
     assert counts["the LLM's head"] == 149_248 * 4096 == 611_319_808
@@ -28,7 +28,7 @@ def test_parameters_of_the_papers_model():
 def test_parameters_count_a_tied_head_once(tied):
     config = paper_config()
     config.text_config.tie_word_embeddings = tied
-    assert count_parameters(config)[0]["the LLM's head"] == (0 if tied else 149_248 * 4096)
+    assert count_parameters(build_on_meta(config))[0]["the LLM's head"] == (0 if tied else 149_248 * 4096)
 
 
 RESULTS = {

@@ -21,8 +21,8 @@ from transformers import Trainer, TrainingArguments, WhisperFeatureExtractor
 
 import train
 from tools.parameters import paper_config
-from training.data import LiveClips, PreparedClips, load_source, mix, prepare
-from training.plan import count_parameters, estimate_memory
+from training.data import LiveClips, PreparedClips, Texts, load_source, mix, prepare
+from training.plan import build_on_meta, count_parameters, estimate_memory
 from training.recipe import Source, read_recipe
 from training.trainer import TRAINED_WEIGHTS, BudgetBatches, Collator, FusionTrainer, reference_prefix
 from voxkrikri import VoxKrikriForConditionalGeneration
@@ -82,7 +82,7 @@ def workshop(tmp_path_factory, tokenizers):
 
 def prepared(workshop, recipe, model, processor) -> PreparedClips:
     paths = prepare(recipe.data.validation[0], recipe.data, model, processor, workshop / "prepared")
-    return PreparedClips("validation", paths, recipe.data)
+    return PreparedClips(recipe.data.validation[0], paths, recipe.data)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -140,6 +140,21 @@ def test_whisper_listens_once_and_long_clips_are_left_out(workshop, monkeypatch)
     assert clips[place]["text"] == SENTENCES[3][:18]
 
 
+def test_sampled_hypotheses_are_others_and_the_same_when_made_again(workshop, tmp_path):
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.hypothesis_temperature=2"])
+    model, processor = train.load_model(recipe.model)
+    model.eval()
+
+    def listen_in(folder, recipe) -> list[str]:
+        torch.manual_seed(0 if folder == "again" else 1)
+        paths = prepare(recipe.data.validation[0], recipe.data, model, processor, tmp_path / folder)
+        return [clip["hypothesis"] for clip in PreparedClips(recipe.data.validation[0], paths, recipe.data).clips]
+
+    sampled, greedy = listen_in("first", recipe), listen_in("first", read_recipe(workshop / "recipe.yaml", []))
+    assert sampled == listen_in("again", recipe)
+    assert sampled != greedy
+
+
 def test_a_batch_is_the_same_whenever_it_is_drawn(workshop):
     recipe = read_recipe(workshop / "recipe.yaml", ["data.input_noise=0.5"])
     model, processor = train.load_model(recipe.model)
@@ -181,7 +196,13 @@ def test_a_cut_clip_has_fewer_states_and_no_end(workshop):
     recipe = read_recipe(workshop / "recipe.yaml", ["data.prefix_share=1", "data.input_noise=0"])
     _, processor = train.load_model(recipe.model)
     ids = processor.speech_tokenizer(SENTENCES[0], add_special_tokens=False, return_tensors="pt").input_ids[0]
-    item = {"seed": 0, "text": SENTENCES[0], "hypothesis_ids": ids, "audio_states": torch.randn(len(ids) + 1, 16)}
+    item = {
+        "seed": 0,
+        "text": SENTENCES[0],
+        "prompt": "",
+        "hypothesis_ids": ids,
+        "audio_states": torch.randn(len(ids) + 1, 16),
+    }
     cuts = [Collator(processor, recipe.data)([item | {"seed": seed}]) for seed in range(20)]
     assert len({int(cut["state_lengths"]) for cut in cuts}) > 5
     for cut in cuts:
@@ -262,7 +283,7 @@ def test_a_preset_is_a_source_and_the_recipe_wins(workshop, tmp_path):
     )
     model, processor = train.load_model(recipe.model)
     paths = prepare(recipe.data.validation[0], recipe.data, model, processor, tmp_path / "prepared")
-    clips = PreparedClips("cv", paths, recipe.data)
+    clips = PreparedClips(recipe.data.validation[0], paths, recipe.data)
     assert [clip["text"] for clip in clips.clips] == [f'"Ναι {index}' for index in range(3)]
     with pytest.raises(ValueError, match="recipes/sources has no 'fleurs_gr': did you mean 'fleurs_el'"):
         read_recipe(workshop / "recipe.yaml", ["data.train=[{preset: fleurs_gr}]"])
@@ -299,15 +320,15 @@ def test_clips_that_cannot_serve_are_left_out_and_counted_by_reason(workshop, tm
         clip_2={"audio": str(tmp_path / "notes.flac")},
     )
     paths = prepare(source, recipe.data, model, processor, tmp_path / "prepared")
-    clips = PreparedClips("clips", paths, recipe.data)
+    clips = PreparedClips(source, paths, recipe.data)
     assert len(clips) == 4 and sorted(clips.dropped.values()) == [1, 1, 1, 1]
     for reason in ("characters a second", "without a text", "unreadable", "longer than Whisper's window"):
         assert reason in clips.report()
     recipe.data.keep_empty_text = True
-    assert len(PreparedClips("clips", paths, recipe.data)) == 5
+    assert len(PreparedClips(source, paths, recipe.data)) == 5
     recipe.data.max_unreadable_share = 0.1
-    with pytest.raises(ValueError, match="1 of the 8 clips of clips cannot be read.*notes.flac"):
-        PreparedClips("clips", paths, recipe.data)
+    with pytest.raises(ValueError, match="1 of the 8 clips of .* cannot be read.*notes.flac"):
+        PreparedClips(source, paths, recipe.data)
 
 
 def test_a_manifest_that_grows_is_not_heard_again(workshop, tmp_path, monkeypatch):
@@ -342,7 +363,7 @@ def test_a_dataset_gives_what_its_manifest_gives(workshop, tmp_path, monkeypatch
     source = Source(dataset=str(tmp_path / "clips"), audio="sound", text="words", streaming=streaming)
     for _ in range(2):  # made, then found
         paths = prepare(source, recipe.data, model, processor, tmp_path / "prepared")
-        clips, same = PreparedClips("clips", paths, recipe.data), prepared(workshop, recipe, model, processor)
+        clips, same = PreparedClips(source, paths, recipe.data), prepared(workshop, recipe, model, processor)
         assert len(paths) == 3 and clips.dropped == same.dropped
         for index in range(len(same)):
             assert torch.equal(clips[index]["audio_states"], same[index]["audio_states"])
@@ -526,7 +547,7 @@ def test_the_plan_tells_what_a_run_will_need_and_makes_nothing(workshop, tmp_pat
 
 def test_the_plan_of_the_papers_model_on_a_24_gib_card():
     config = paper_config()
-    counts = count_parameters(config)
+    counts = count_parameters(build_on_meta(config))
     args = TrainingArguments(per_device_train_batch_size=8, bf16=True, gradient_checkpointing=True, use_cpu=True)
     memory = estimate_memory(config, args, {"dtype": "bfloat16"}, *counts)
     assert memory["weights"] == 2 * (counts[0].total() - counts[1].total())
@@ -535,6 +556,92 @@ def test_the_plan_of_the_papers_model_on_a_24_gib_card():
         config, args, {"dtype": "bfloat16", "text_kwargs": {"quantization_config": {}}}, *counts
     )
     assert four_bits["weights"] < 0.5 * memory["weights"]
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Texts without audio: plain lines, one of them long, and tasks with a question to each answer."""
+    lines = [SENTENCES[0], "", SENTENCES[1], " ".join([SENTENCES[2]] * 40)]
+    (tmp_path / "archive.txt").write_text("\n".join(lines), encoding="utf-8")
+    tasks = [{"question": "Πότε;", "answer": "Χθες."}, {"question": "Πού;", "answer": "Εκεί."}]
+    lines = [json.dumps(task, ensure_ascii=False) for task in tasks]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_texts_alone_come_line_by_line_and_with_their_prompts(archive):
+    lines = Texts(Source(path=str(archive / "archive.txt")))
+    assert [lines[0]["text"], lines[1]["text"]] == list(SENTENCES[:2]) and len(lines) > 3
+    assert " ".join(clip["text"] for clip in lines.clips[2:]) == " ".join([SENTENCES[2]] * 40)
+    options = {"path": str(archive / "tasks.jsonl"), "audio": None, "text": "answer"}
+    tasks = Texts(Source(**options, prompt="Ερώτηση: {question}"))
+    assert tasks[1] == {"seed": 1, "text": "Εκεί.", "prompt": "Ερώτηση: Πού;"}
+    with pytest.raises(ValueError, match="asks for 'query', which is no column"):
+        Texts(Source(**options, prompt="{query}"))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_texts_alone_beside_clips_hear_nothing(workshop, archive, chunk_size):
+    """A mixed batch has the losses of its clips and of the plain LLM on its texts."""
+    recipe = read_recipe(
+        workshop / "recipe.yaml", ["data.input_noise=0", f"data.loss_chunk_size={chunk_size or 'null'}"]
+    )
+    model, processor = train.load_model(recipe.model | {"alignment_prior": False})
+    for fusion in model.eval().fusion:
+        torch.nn.init.normal_(fusion.v_proj.weight)
+    clips, texts = prepared(workshop, recipe, model, processor), Texts(Source(path=str(archive / "archive.txt")))
+    collate = Collator(processor, recipe.data)
+
+    def total_loss(items: list[dict]) -> torch.Tensor:
+        batch = collate(items) | ({"fusion_mode": "full"} if "audio_states" in items[0] else {})
+        return model(**batch, num_items_in_batch=1).loss
+
+    both = total_loss([clips[0], texts[0], clips[1]])
+    torch.testing.assert_close(both, total_loss([clips[0], clips[1]]) + total_loss([texts[0]]))
+    plain = dict(processor(text=SENTENCES[0]))
+    torch.testing.assert_close(total_loss([texts[0]]), model.language_model(**plain, num_items_in_batch=1).loss)
+
+
+def test_an_archive_of_text_adapts_the_llm_and_leaves_the_fusion(workshop, archive, tmp_path):
+    output = tmp_path / "adapted"
+    overrides = [
+        f"data.train=[{{path: {archive / 'archive.txt'}}}]",
+        f"data.validation=[{{path: {workshop / 'manifest.jsonl'}}}, {{path: {archive / 'archive.txt'}}}]",
+        "learning_rates.fusion=0",
+        f"model={{init_from: {workshop / 'run'}}}",
+        f"training.output_dir={output}",
+    ]
+    train.main([str(workshop / "recipe.yaml"), *overrides])
+    before, after = weights(workshop / "run"), weights(output)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed and all("lora_" in name for name in changed)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["eval_archive_perplexity"] > 1
+    workshop_set = f"eval_{workshop.name}"
+    assert metrics["eval_wer"] == metrics[f"{workshop_set}_wer"]
+    assert metrics["eval_loss"] == pytest.approx((metrics[f"{workshop_set}_loss"] + metrics["eval_archive_loss"]) / 2)
+
+
+def test_a_source_has_its_own_language_and_prompt(workshop, tmp_path):
+    recipe = read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    source = dataclasses.replace(recipe.data.train[0], prompt="Μετάφραση:")
+    clips = PreparedClips(source, prepare(source, recipe.data, model, processor, workshop / "prepared"), recipe.data)
+    batch = Collator(processor, recipe.data)([clips[0], clips[1]])
+    prompt = processor(prompt="Μετάφραση:")["input_ids"][0]
+    assert torch.equal(batch["input_ids"][:, : len(prompt)], prompt.expand(2, -1))
+    assert (batch["labels"][:, : len(prompt)] == -100).all()
+    with pytest.raises(ValueError, match="language 'xx' was given|language 'xx' is unknown"):
+        foreign = dataclasses.replace(source, language="xx")
+        prepare(foreign, recipe.data, model, processor, tmp_path / "prepared")
+
+
+def test_a_full_disk_is_seen_before_anything_is_made(workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    run = [f"training.output_dir={tmp_path / 'run'}", f"prepared={tmp_path / 'prepared'}"]
+    with pytest.raises(ValueError, match="GB are free there: set `prepared`"):
+        train.main(["prepare", str(workshop / "recipe.yaml"), *run])
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_the_projects_own_root_is_no_output(workshop, tmp_path):

@@ -60,7 +60,8 @@ class Transcriber:
             heard = VoxKrikriAudio(**{key: value.roll(shift, dims=0) for key, value in batch.items()})
             hypotheses = [self.processor.decode_hypothesis(ids) for ids in heard.hypothesis_ids]
             counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses), device=self.model.device)
-            ids = self.model.generate(**heard, hypothesis_token_counts=counts, **options)
+            draft = self.processor.draft(hypotheses)
+            ids = self.model.generate(**heard, **draft, hypothesis_token_counts=counts, **options)
             texts += self.processor.batch_decode(ids)
         return texts
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 from transformers import LlamaConfig, WhisperConfig
 
-from training.plan import count_parameters
+from training.plan import build_on_meta, count_parameters
 from voxkrikri import VoxKrikriConfig
 
 
@@ -70,7 +70,7 @@ def table(counts: Counter) -> str:
 
 
 def main() -> None:
-    total, _ = count_parameters(paper_config())
+    total, _ = count_parameters(build_on_meta(paper_config()))
     print(table(total))
 
 

@@ -8,8 +8,10 @@ that was cut off goes on, several processes share the work, and a manifest that 
 import csv
 import json
 import random
+import textwrap
 from bisect import bisect_right
 from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 from itertools import accumulate, islice
 from pathlib import Path
@@ -35,11 +37,16 @@ MANIFESTS = {  # what datasets calls them, and how it reads them
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
     ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
 }
+CHARACTERS_A_SECOND = 15  # of speech
+LONGEST_TEXT = 600  # characters of a text alone; longer ones become several
 
 
 def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
     """Rows of `audio` (a path, or a dict of bytes and path) and `text`; audio is decoded by the processor alone.
+
+    Rows of texts alone keep all their columns.
 
     Raises:
         ValueError: for a manifest of another kind, one with a bad line (which is named), or without the columns.
@@ -48,7 +55,8 @@ def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         rows = datasets.load_dataset(
             source.dataset, source.config, split=source.split, revision=source.revision, streaming=source.streaming
         )
-        rows = rows.cast_column(source.audio, datasets.Audio(decode=False))
+        if not source.has_texts_alone:
+            rows = rows.cast_column(source.audio, datasets.Audio(decode=False))
     else:
         if Path(source.path).suffix not in MANIFESTS:
             raise ValueError(f"a manifest is {', '.join(MANIFESTS)}, got {source.path}")
@@ -58,9 +66,12 @@ def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         if kind == "json":
             check_lines(Path(source.path))
         rows = datasets.load_dataset(kind, data_files=source.path, split="train", **options)
-    missing = [column for column in (source.audio, source.text) if column not in rows.column_names]
+    needed = [source.text] if source.has_texts_alone else [source.audio, source.text]
+    missing = [column for column in needed if column not in rows.column_names]
     if missing:
         raise ValueError(f"{source.path or source.dataset} has no column {missing[0]!r}, only {rows.column_names}")
+    if source.has_texts_alone:
+        return rows
     rows = rows.select_columns([source.audio, source.text])
     names = {source.audio: "audio", source.text: "text"}
     return rows.rename_columns({old: new for old, new in names.items() if old != new})
@@ -107,7 +118,10 @@ def listen(rows: list[dict], data: Data, model, processor: VoxKrikriProcessor, p
             audio.append(samples)
         if not batch:
             continue
-        heard = model.listen(processor(audio=audio, sampling_rate=SAMPLE_RATE).input_features, data.language)
+        features = processor(audio=audio, sampling_rate=SAMPLE_RATE).input_features
+        with torch.random.fork_rng():
+            torch.manual_seed(int(path.stem, 16) % 2**63 + start)  # sampled hypotheses are the same when made again
+            heard = model.listen(features, data.language, **data.hypothesis_options)
         lengths = heard.state_lengths.tolist()
         for clip, clip_states, ids, length in zip(
             batch, heard.audio_states.to("cpu", torch.bfloat16), heard.hypothesis_ids.cpu(), lengths, strict=True
@@ -140,7 +154,8 @@ def prepare(
     folder: Path,
 ) -> list[Path]:
     """The source's shards under `folder`; those that are not there are made, by all processes of the run together."""
-    digest = sha256(repr(data.language).encode())
+    data = replace(data, language=source.language or data.language)
+    digest = sha256("".join(map(repr, [data.language, *data.hypothesis_options.items()])).encode())
     for parameter in model.speech_model.parameters():  # another Whisper hears something else
         digest.update(str(parameter.double().sum().item()).encode())
     folder = folder / f"whisper-{digest.hexdigest()[:12]}"
@@ -213,8 +228,9 @@ class PreparedClips(Dataset):
         ValueError: where no clip is left, or more than `data.max_unreadable_share` cannot be read.
     """
 
-    def __init__(self, name: str, paths: list[Path], data: Data):
-        self.name, self.clips, self.places, self.shards = name, [], [], []
+    def __init__(self, source: Source, paths: list[Path], data: Data):
+        name = self.name = source.name
+        self.prompt, self.clips, self.places, self.shards = source.prompt, [], [], []
         self.dropped: Counter[str] = Counter()
         self.rows = []  # where each clip stands in its source
         total, unreadable = 0, []
@@ -271,6 +287,7 @@ class PreparedClips(Dataset):
         return {
             "seed": index,
             "text": clip["text"],
+            "prompt": self.prompt,
             "audio_states": self.shards[shard].get_slice("audio_states")[first:last].float(),
             "hypothesis_ids": self.shards[shard].get_slice("hypothesis_ids")[first : last - 1].long(),
         }
@@ -280,12 +297,16 @@ class LiveClips(Dataset):
     """Prepared clips whose audio is read again and changed: Whisper is to hear something new every time.
 
     Raises:
-        ValueError: for a streaming source, whose clips cannot be read in another order.
+        ValueError: for a streaming source, whose clips cannot be read in another order, or one in a language of its own.
     """
 
     def __init__(self, prepared: PreparedClips, source: Source, data: Data, extractor: WhisperFeatureExtractor):
         if source.streaming:
             raise ValueError(f"data.live reads clips in any order, {source.name} is streaming: set streaming: false")
+        if source.language not in (None, data.language):
+            raise ValueError(
+                f"with data.live all sources are in data.language, {source.name} is in {source.language!r}"
+            )
         self.prepared, self.clips, self.data, self.extractor = prepared, prepared.clips, data, extractor
         self.source, self.audio = source, load_source(source)
 
@@ -307,10 +328,44 @@ class LiveClips(Dataset):
                 width = int(torch.rand(()) * share * length)
                 start = int(torch.rand(()) * (length - width))
                 features.narrow(axis, start, width).zero_()
-        return {"seed": index, "text": self.clips[index]["text"], "input_features": features}
+        clip = {"seed": index, "text": self.clips[index]["text"], "prompt": self.source.prompt}
+        return clip | {"input_features": features}
 
 
-def mix(sources: list[Source], sets: list[PreparedClips | LiveClips]) -> Dataset:
+class Texts(Dataset):
+    """The texts of a source that has nothing to be heard.
+
+    Raises:
+        ValueError: where the prompt names a column that the source does not have, or there is no text.
+    """
+
+    def __init__(self, source: Source):
+        self.name, self.clips = source.name, []
+        for row in load_source(source):
+            try:
+                prompt = source.prompt.format(**row)
+            except KeyError as error:
+                raise ValueError(
+                    f"the prompt {source.prompt!r} of {self.name} asks for {error}, which is no column of it: {list(row)}"
+                ) from error
+            for text in textwrap.wrap(row[source.text] or "", LONGEST_TEXT, break_long_words=False):
+                # As long as it would take to say: batches are filled by seconds.
+                self.clips.append({"text": text, "prompt": prompt, "seconds": len(text) / CHARACTERS_A_SECOND})
+        if not self.clips:
+            raise ValueError(f"{source.path or source.dataset} has no text")
+
+    def report(self) -> str:
+        return f"{self.name}: {len(self)} texts"
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        clip = self.clips[index]
+        return {"seed": index, "text": clip["text"], "prompt": clip["prompt"]}
+
+
+def mix(sources: list[Source], sets: list[PreparedClips | LiveClips | Texts]) -> Dataset:
     """One epoch: of every set as many hours, and these as often, as its source says; what is drawn is always the same."""
     parts = []
     for source, clips in zip(sources, sets, strict=True):

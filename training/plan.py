@@ -4,6 +4,7 @@ Only configurations are read. Parameters are counted on the meta device; memory 
 says what they assume.
 """
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -50,11 +51,16 @@ def build_config(model: dict) -> VoxKrikriConfig:
     )
 
 
-def count_parameters(config: VoxKrikriConfig) -> tuple[Counter, Counter]:
-    """Parameters of every part, and those of them that are trained; tied ones once."""
+def build_on_meta(config: VoxKrikriConfig) -> VoxKrikriForConditionalGeneration:
+    """The model without its weights, and what is trained of it."""
     with torch.device("meta"):
         model = VoxKrikriForConditionalGeneration(config)
     model.freeze_backbones()
+    return model
+
+
+def count_parameters(model: VoxKrikriForConditionalGeneration) -> tuple[Counter, Counter]:
+    """Parameters of every part, and those of them that are trained; tied ones once."""
     total, trained = Counter(), Counter()
     for name, parameter in model.named_parameters():
         if name.startswith("speech_model."):
@@ -72,12 +78,20 @@ def count_parameters(config: VoxKrikriConfig) -> tuple[Counter, Counter]:
     return total, trained
 
 
+def parameter_table(total: Counter, trained: Counter) -> list[str]:
+    """A line a part, as `count_parameters` has them."""
+    lines = ["parameters                        total         trained"]
+    lines += [f"  {part:<28}{total[part] / 1e6:>10,.1f} M   {trained[part] / 1e6:>10,.2f} M" for part in total]
+    share = trained.total() / total.total()
+    return [*lines, f"  {'all':<28}{total.total() / 1e6:>10,.1f} M   {trained.total() / 1e6:>10,.2f} M   {share:.2%}"]
+
+
 def hours_of(source: Source) -> float | None:
-    """Hours of speech in a source, or None where nothing but a download would tell."""
-    if source.hours is not None:
-        return source.hours * source.weight
+    """Hours of speech in a manifest; of a dataset only what the recipe says, since nothing but a download would tell."""
+    if source.has_texts_alone:
+        return 0.0
     if source.path is None:
-        return None
+        return source.hours
     folder, rows = Path(source.path).parent / source.folder, load_source(source)
     chosen = range(0, len(rows), max(1, len(rows) // MEASURED_CLIPS))
     seconds = []
@@ -86,7 +100,27 @@ def hours_of(source: Source) -> float | None:
             seconds.append(soundfile.info(folder / row["audio"]).duration)
         except (soundfile.SoundFileError, TypeError):
             continue  # training will count it
-    return sum(seconds) / max(1, len(seconds)) * len(rows) / 3600 * source.weight
+    return sum(seconds) / max(1, len(seconds)) * len(rows) / 3600
+
+
+def bytes_an_hour(config: VoxKrikriConfig) -> float:
+    """What an hour's states take on the disk, in bfloat16."""
+    return 3600 * STATES_PER_SECOND * config.speech_config.d_model * 2
+
+
+def require_disk(recipe: Recipe, config: VoxKrikriConfig) -> None:
+    """Raises a ValueError where the states of the recipe's speech would not fit beside those that are there already."""
+    folder = Path(recipe.prepared)
+    hours = [hours_of(source) for source in recipe.data.train + recipe.data.validation]
+    needed = sum(value for value in hours if value is not None) * bytes_an_hour(config)
+    made = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    place = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed - made > free:
+        raise ValueError(
+            f"the states need about {(needed - made) / 1e9:.1f} GB more under {folder}, and {free / 1e9:.1f} GB are free "
+            "there: set `prepared` to a folder on a larger disk, or `hours` of a source"
+        )
 
 
 def licence_of(name: str | None) -> str:
@@ -131,11 +165,8 @@ def plan(recipe: Recipe, args: TrainingArguments, card_gib: float | None = None)
         card_gib: memory of the card it is meant for; of the card at hand if left out.
     """
     config = build_config(recipe.model)
-    total, trained = count_parameters(config)
-    lines = ["parameters                        total         trained"]
-    lines += [f"  {part:<28}{total[part] / 1e6:>10,.1f} M   {trained[part] / 1e6:>10,.2f} M" for part in total]
-    share = trained.total() / total.total()
-    lines.append(f"  {'all':<28}{total.total() / 1e6:>10,.1f} M   {trained.total() / 1e6:>10,.2f} M   {share:.2%}")
+    total, trained = count_parameters(build_on_meta(config))
+    lines = parameter_table(total, trained)
 
     memory = estimate_memory(config, args, recipe.model, total, trained)
     needed = sum(memory.values()) / GIB
@@ -153,8 +184,9 @@ def plan(recipe: Recipe, args: TrainingArguments, card_gib: float | None = None)
 
     known = [(source, hours_of(source)) for source in recipe.data.train]
     hours = sum(value for _, value in known if value is not None)
+    taken = sum(min(value, source.hours or value) * source.weight for source, value in known if value is not None)
     unknown = [source.name for source, value in known if value is None]
-    states = 3600 * STATES_PER_SECOND * config.speech_config.d_model * 2
+    states = bytes_an_hour(config)
     lines.append(f"speech    {hours:,.1f} hours" + (f", and {', '.join(unknown)} (set its hours)" if unknown else ""))
     lines.append(f"disk      {hours * states / 1e9:,.2f} GB of states ({states / 1e6:.0f} MB an hour)")
     peak = next((value for key, value in PEAK_TFLOPS.items() if name and key in name), UNKNOWN_TFLOPS)
@@ -162,7 +194,7 @@ def plan(recipe: Recipe, args: TrainingArguments, card_gib: float | None = None)
     window = 1500 / 30  # encoder positions a second
     listening = hours * 3600 * window * 2 * total["Whisper's encoder"] * 2 / rate / 3600  # the decoder as much again
     passes = args.num_train_epochs
-    learning = passes * hours * 3600 * TOKENS_PER_SECOND * 6 * total["LLM"] / rate / 3600
+    learning = passes * taken * 3600 * TOKENS_PER_SECOND * 6 * total["LLM"] / rate / 3600
     assumed = f"{peak} TFLOP/s at {UTILISATION:.0%}, {args.world_size} process(es)"
     lines.append(
         f"time      {listening:,.1f} h listening once, {learning:,.1f} h training ({passes:g} epochs; {assumed})"

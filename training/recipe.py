@@ -22,6 +22,7 @@ TARGETS = ("reference", "hypothesis")
 class Source:
     """Clips and transcripts: a manifest (`path` to .jsonl, .csv, .tsv or .parquet) or a dataset on the Hub.
 
+    A .txt file, one text a line, or a source with `audio: null` has texts alone, for the LLM to read.
     `preset` names a file of recipes/sources, whose settings hold where the recipe has none.
     """
 
@@ -32,14 +33,23 @@ class Source:
     revision: str | None = None
     split: str = "train"
     streaming: bool = False  # a dataset is read as it comes, without a copy on the disk
-    audio: str = "audio"
+    audio: str | None = "audio"
     text: str = "text"
+    language: str | None = None  # of the speech; data.language if left out
+    prompt: str = ""  # what the LLM reads before the text; of texts alone, with {column} for what a row holds
     weight: float = 1.0  # how often its clips come in an epoch; 0.5 is a half of them, drawn once
     hours: float | None = None  # at most so many, drawn once
 
     @property
     def name(self) -> str:
-        return Path(self.path).resolve().parent.name if self.path else self.dataset.replace("/", "--")
+        if self.path is None:
+            return self.dataset.replace("/", "--")
+        path = Path(self.path).resolve()
+        return path.stem if self.has_texts_alone else path.parent.name
+
+    @property
+    def has_texts_alone(self) -> bool:
+        return self.audio is None or Path(self.path or "").suffix == ".txt"
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Data:
     task: str = "fusion"  # or "correction": the hypothesis is the prompt and no states are heard, for comparison
     target: str = "reference"  # or "hypothesis": a first stage that learns to spell out what the states say
     language: str | None = None
+    hypothesis_temperature: float = 0.0  # above 0 hypotheses are sampled: more errors to learn from, and other ones
     input_noise: float = 0.0  # share of the input text tokens taken from the hypothesis instead
     fusion_modes: list[str] = field(default_factory=lambda: ["full", "causal"])  # one drawn for every batch
     prefix_share: float = 0.0  # of clips cut off as a stream cuts them: what is heard so far, and no end
@@ -68,6 +79,13 @@ class Data:
     keep_empty_text: bool = False  # clips of silence or noise, from which to learn to write nothing
     max_unreadable_share: float = 0.02  # more unreadable clips than that stop the run
 
+    @property
+    def hypothesis_options(self) -> dict:
+        """How Whisper decodes the hypotheses."""
+        if self.hypothesis_temperature == 0:
+            return {}
+        return {"do_sample": True, "temperature": float(self.hypothesis_temperature), "top_k": 0}
+
 
 @dataclass
 class Recipe:
@@ -77,7 +95,9 @@ class Recipe:
     data: Data
     training: dict
     prepared: str = "data/prepared"
-    learning_rates: dict[str, float] = field(default_factory=dict)  # of "fusion" and "text", where they differ
+    learning_rates: dict[str, float] = field(
+        default_factory=dict
+    )  # of "fusion" and "text" (the LLM), where they differ; 0 freezes one
 
 
 def check_names(given: Iterable[str], known: list[str], where: str) -> None:

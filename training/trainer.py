@@ -4,7 +4,7 @@ import copy
 import random
 import signal
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, exp
 from pathlib import Path
 
 import jiwer
@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 
 from metrics.greek_wer.greek_wer import character_error_rate, word_error_rate
-from training.data import PreparedClips
+from training.data import PreparedClips, Texts
 from training.recipe import Data, Recipe
 from voxkrikri import VoxKrikriProcessor
+from voxkrikri.modeling_voxkrikri import positions_from_labels
 
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -69,15 +70,31 @@ class Collator:
         return item | {"text": text, "hypothesis_ids": ids, "audio_states": item["audio_states"][:tokens], "cut": True}
 
     def __call__(self, items: list[dict]) -> dict:
-        if "input_features" in items[0]:
+        if any("input_features" in item for item in items):
             return {"live_clips": items}  # the trainer has Whisper listen, and comes back
         rng = random.Random(str([item["seed"] for item in items]))  # the same after a resume
-        items = [self.cut(item, rng) if rng.random() < self.data.prefix_share else item for item in items]
+        items = [
+            self.cut(item, rng) if rng.random() < self.data.prefix_share and "audio_states" in item else item
+            for item in items
+        ]
+        heard = [item for item in items if "audio_states" in item]
+        if not heard:
+            batch = dict(self.processor(text=[item["text"] for item in items], prompt=[i["prompt"] for i in items]))
+            return batch | self.loss_options
+        nothing = {
+            "audio_states": torch.zeros_like(heard[0]["audio_states"][:1]),
+            "hypothesis_ids": heard[0]["hypothesis_ids"][:0],
+        }
+        alone = torch.tensor(["audio_states" not in item for item in items])
+        items = [nothing | item for item in items]
         hypotheses = [self.processor.decode_hypothesis(item["hypothesis_ids"]) for item in items]
-        targets = hypotheses if self.data.target == "hypothesis" else [item["text"] for item in items]
+        targets = [
+            hypothesis if self.data.target == "hypothesis" and not text_alone else item["text"]
+            for item, hypothesis, text_alone in zip(items, hypotheses, alone, strict=True)
+        ]
         if self.data.task == "correction":
             return dict(self.processor(text=targets, prompt=correction_prompts(hypotheses)))
-        batch = dict(self.processor(text=targets))
+        batch = dict(self.processor(text=targets, prompt=[item["prompt"] for item in items]))
         for item, labels in zip(items, batch["labels"], strict=True):
             if item.get("cut"):
                 labels[(labels >= 0).nonzero()[-1]] = -100  # the end is not there yet
@@ -89,8 +106,6 @@ class Collator:
                     if len(draft) and rng.random() < self.data.input_noise:
                         ids[place] = draft[order * len(draft) // len(places)]
         end = self.processor.speech_tokenizer.eos_token_id
-        if self.data.loss_chunk_size is not None:
-            batch["loss_chunk_size"] = self.data.loss_chunk_size
         batch["fusion_mode"] = rng.choice(self.data.fusion_modes)
         counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses))
         jitter = torch.tensor([1 + rng.uniform(-1, 1) * self.data.ratio_jitter for _ in items])
@@ -100,7 +115,12 @@ class Collator:
         batch["hypothesis_ids"] = pad_sequence(
             [item["hypothesis_ids"] for item in items], batch_first=True, padding_value=end
         )
-        return batch
+        batch["text_positions"] = positions_from_labels(batch["labels"]).masked_fill(alone[:, None], -1)
+        return batch | self.loss_options
+
+    @property
+    def loss_options(self) -> dict:
+        return {} if self.data.loss_chunk_size is None else {"loss_chunk_size": self.data.loss_chunk_size}
 
 
 class BudgetBatches(Sampler):
@@ -188,14 +208,15 @@ class FusionTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """The batch on its device; where Whisper has not listened yet, it does now."""
-        if clips := inputs.pop("live_clips", None):
+        if items := inputs.pop("live_clips", None):
+            clips = [item for item in items if "input_features" in item]
             features = torch.stack([clip.pop("input_features") for clip in clips])
-            heard = self.model.listen(features, self.recipe.data.language)
+            heard = self.model.listen(features, self.recipe.data.language, **self.recipe.data.hypothesis_options)
             for clip, states, ids, length in zip(
                 clips, heard.audio_states, heard.hypothesis_ids, heard.state_lengths.tolist(), strict=True
             ):
                 clip |= {"audio_states": states[:length].float().cpu(), "hypothesis_ids": ids[: length - 1].cpu()}
-            inputs = self.data_collator(clips)
+            inputs = self.data_collator(items)
         return super()._prepare_inputs(inputs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -224,20 +245,26 @@ class FusionTrainer(Trainer):
             names = ("audio_states", "state_lengths", "hypothesis_ids", "hypothesis_token_counts")
             audio = {name: batch[name].to(model.device) for name in names}
             longest = 2 * int(batch["hypothesis_token_counts"].max()) + 16  # an untrained model may never stop
+            audio |= self.processor(prompt=[clips.prompt] * (stop - start)).to(model.device)
+            draft = self.processor.draft([clip["hypothesis"] for clip in clips.clips[start:stop]])
             with self.compute_loss_context_manager():
-                ids = model.generate(fusion_mode=fusion_mode, max_new_tokens=longest, **audio)
+                ids = model.generate(fusion_mode=fusion_mode, max_new_tokens=longest, **audio, **draft)
             yield from self.processor.batch_decode(ids)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and error rates of every validation set, in every mode that is trained; `eval_wer` is their mean.
+        """Loss and error rates of every validation set, in every mode that is trained; of texts alone the perplexity.
 
-        A set's own figures carry its name where there are several: `eval_fleurs_wer_full`.
+        A set's own figures carry its name where there are several: `eval_fleurs_wer_full`; `eval_loss` and `eval_wer`
+        are then the means of the sets.
         """
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         rates = {}
         for clips in sets:
             prefix = metric_key_prefix if len(sets) == 1 else f"{metric_key_prefix}_{clips.name}"
             rates |= super().evaluate(clips, ignore_keys, prefix)
+            if isinstance(clips, Texts):
+                rates[f"{prefix}_perplexity"] = exp(rates[f"{prefix}_loss"])
+                continue
             references = [clip["text"] for clip in clips.clips]
             heard = [clip["hypothesis"] for clip in clips.clips]
             rates[f"{prefix}_wer_hypothesis"] = word_error_rate(references, heard)
@@ -248,8 +275,10 @@ class FusionTrainer(Trainer):
             rates[f"{prefix}_wer"] = min(rates[f"{prefix}_wer_{mode}"] for mode in self.recipe.data.fusion_modes)
         if len(sets) > 1:
             for name in ("loss", "wer"):
-                values = [rates[f"{metric_key_prefix}_{clips.name}_{name}"] for clips in sets]
-                rates[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+                known = [f"{metric_key_prefix}_{clips.name}_{name}" for clips in sets]
+                values = [rates[key] for key in known if key in rates]
+                if values:
+                    rates[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self.log(rates)
         return rates
 
