@@ -144,6 +144,7 @@ class VoxKrikriCheckpointMixin:
         for room in (
             "configuration",
             "modeling",
+            "alignment",
             "checkpoint",
             "generation",
             "greedy",
