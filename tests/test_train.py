@@ -16,7 +16,7 @@ import soundfile
 import torch
 import yaml
 from conftest import SENTENCES, tiny_speech_model, tiny_text_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments, WhisperFeatureExtractor
 
 import train
@@ -29,7 +29,7 @@ from voxkrikri import VoxKrikriForConditionalGeneration
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name != "sources")
+RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name not in ("sources", "launch"))
 
 
 @pytest.fixture(scope="module")
@@ -498,6 +498,68 @@ def test_two_processes_train_as_one(workshop, tmp_path):
         assert torch.allclose(value, second[name], atol=1e-5), name
     model, _ = train.load_model({"init_from": str(tmp_path / "two")})
     assert torch.equal(model.fusion[0].v_proj.weight, second["fusion.0.v_proj.weight"])
+
+
+SHARDED = """
+import sys
+import torch
+from safetensors.torch import load_file
+from torch.distributed import destroy_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+import train
+
+def run(sharded):
+    model, processor = train.load_model({"init_from": sys.argv[1]})
+    model.freeze_backbones()
+    model.eval()
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model._decoder_layers():
+            fully_shard(layer, mesh=mesh)
+        for fusion in model.fusion:
+            fully_shard(fusion, mesh=mesh)
+            register_fsdp_forward_method(fusion, "project_audio")
+        fully_shard(model, mesh=mesh)
+        assert all(isinstance(value, DTensor) for value in model.parameters())
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    batch = load_file(sys.argv[2])
+    losses = []
+    for _ in range(3):
+        loss = model(**batch, fusion_mode="full").loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, [value.full_tensor() if sharded else value for value in trained]
+
+plain, sharded = run(False), run(True)
+torch.testing.assert_close(plain[0], sharded[0], rtol=1e-5, atol=1e-5)
+for one, two in zip(plain[1], sharded[1], strict=True):
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+assert plain[0][-1] < plain[0][0]
+destroy_process_group()
+"""
+
+
+def test_fully_sharded_it_trains_the_same(workshop, tmp_path):
+    """FSDP2 on a mesh of two CPU processes (accelerate's FSDP on a CPU would silently be DDP)."""
+    recipe = read_recipe(workshop / "recipe.yaml", [])
+    model, processor = train.load_model(recipe.model)
+    clips = prepared(workshop, recipe, model, processor)
+    batch = Collator(processor, recipe.data)([clips[0], clips[1]])
+    tensors = {name: value.contiguous() for name, value in batch.items() if torch.is_tensor(value)}
+    save_file(tensors, tmp_path / "batch.safetensors")
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*launch, str(tmp_path / "sharded.py"), str(workshop / "run"), str(tmp_path / "batch.safetensors")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
 
 
 def test_lora_may_be_added_after_a_first_stage(workshop, tmp_path):

@@ -1,9 +1,9 @@
-"""Trains the mini's two vocabularies from one byte-level BPE: Whisper's pieces are the first merges of the LLM's.
+"""Trains the mini's two vocabularies from one byte-level BPE: Whisper's pieces are the LLM's, or its first merges.
 
     python -m recipes.mini.vocabularies --text lm_train.txt speech_train.txt --out data/vocabularies
 
-Every LLM token is then a run of whole Whisper tokens, so the fusion need not learn how pieces of one kind spell the
-other's. Both tokenizers set a space before the first word, so that a word has one spelling wherever it stands.
+Every LLM token is then a run of whole Whisper tokens; by default it is one. A small fusion learns to spell from few
+pairs, and how pieces of one kind spell the other's costs it most of them (docs/LOG.md). Both tokenizers set a space before the first word, so that a word has one spelling wherever it stands.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text files")
     parser.add_argument("--out", type=Path, required=True, help="folder for speech/ and text/")
     parser.add_argument("--speech-size", type=int, default=1000, help="pieces of Whisper's vocabulary")
-    parser.add_argument("--text-size", type=int, default=2000, help="pieces of the LLM's vocabulary")
+    parser.add_argument("--text-size", type=int, default=1000, help="pieces of the LLM's vocabulary")
     args = parser.parse_args(argv)
     vocabulary, merges = train_bpe(args.text, args.text_size)
     speech_tokenizer(*first_pieces(vocabulary, merges, args.speech_size)).save_pretrained(args.out / "speech")
