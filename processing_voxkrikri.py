@@ -239,6 +239,11 @@ class VoxKrikriProcessor(ProcessorMixin):
             raise ValueError("the tokenizer has no EOS token to end a text with: set tokenizer.eos_token")
         return self.tokenizer.eos_token_id
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VoxKrikriProcessor":
+        """As ProcessorMixin's. (The tokenizers see the model's config and would ask whether to run its code.)"""
+        return super().from_pretrained(pretrained_model_name_or_path, **({"trust_remote_code": False} | kwargs))
+
     def __call__(
         self,
         audio=None,

@@ -29,6 +29,7 @@ HUB_FILES = {
     for room in (
         "configuration",
         "modeling",
+        "alignment",
         "checkpoint",
         "generation",
         "greedy",

@@ -412,3 +412,8 @@ def test_parts_that_do_not_fit_are_refused(processor):
         VoxKrikriProcessor(extractor, tokenizer, tokenizer)
     with pytest.raises(ValueError, match="got 8000"):
         VoxKrikriProcessor(WhisperFeatureExtractor(feature_size=20, sampling_rate=8_000), tokenizer, speech_tokenizer)
+
+
+def test_loading_asks_nothing(tiny, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
+    assert VoxKrikriProcessor.from_pretrained(tiny.folder).decode([5, 6]) == tiny.processor.decode([5, 6])
