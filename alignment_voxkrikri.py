@@ -98,6 +98,16 @@ class TextFollower:
         return self.reached
 
 
+def next_tokens(hypothesis: bytes, reached: list[int], stops: list[int], vocabulary: dict[bytes, int]) -> list[int]:
+    """For every row the longest token that the hypothesis goes on with at `reached`, within `stops` bytes; else -1."""
+    tokens = []
+    for first, stop in zip(reached, stops, strict=True):
+        lengths = range(min(stop - first, LONGEST_PIECE), 0, -1)
+        found = (vocabulary.get(hypothesis[first : first + length]) for length in lengths)
+        tokens.append(next((token for token in found if token is not None), -1))
+    return tokens
+
+
 def spell(pieces: np.ndarray) -> bytes:
     """The text of tokens, from their rows of `token_bytes`."""
     return pieces.tobytes().replace(b"\0", b"")

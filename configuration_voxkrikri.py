@@ -24,6 +24,8 @@ class VoxKrikriConfig(PretrainedConfig):
         alignment_lookahead: k, in Whisper tokens, added to s_t in causal fusion.
         alignment_prior: adds -(s - c_t - m)^2 / (2 sigma^2) to M: c_t is the aligned position, shift m and width sigma
                 are learned per head.
+        copy_hypothesis: a row of the text is also shown the token that the hypothesis goes on with where the text
+            stands (text alignment alone), as pointer networks do: copying need not be learnt letter by letter.
         states_per_token: the constant S/T used where the hypothesis's LLM tokens are not counted, as in a stream.
         lora: keyword arguments of peft.LoraConfig for the LLM, or None for no adapter.
         trained_text_modules: name prefixes inside the LLM, such as "lm_head", that training changes beside LoRA.
@@ -50,6 +52,7 @@ class VoxKrikriConfig(PretrainedConfig):
         alignment: str = "ratio",
         alignment_lookahead: int = 0,
         alignment_prior: bool = False,
+        copy_hypothesis: bool = False,
         states_per_token: float = 1.0,
         lora: dict | None = None,
         trained_text_modules: list[str] | None = None,
@@ -108,6 +111,8 @@ class VoxKrikriConfig(PretrainedConfig):
             raise ValueError(f"fusion_mode must be one of {FUSION_MODES}, got {fusion_mode!r}")
         if alignment not in ALIGNMENTS:
             raise ValueError(f"alignment must be one of {ALIGNMENTS}, got {alignment!r}")
+        if copy_hypothesis and alignment != "text":
+            raise ValueError(f'copy_hypothesis needs alignment="text", which knows the place, got {alignment!r}')
         if alignment_lookahead < 0:
             raise ValueError(f"alignment_lookahead counts Whisper tokens from 0, got {alignment_lookahead}")
         if states_per_token <= 0:
@@ -118,6 +123,7 @@ class VoxKrikriConfig(PretrainedConfig):
         self.alignment = alignment
         self.alignment_lookahead = alignment_lookahead
         self.alignment_prior = alignment_prior
+        self.copy_hypothesis = copy_hypothesis
         self.states_per_token = states_per_token
         self.lora = lora
         self.trained_text_modules = trained_text_modules or []

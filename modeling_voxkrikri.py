@@ -12,7 +12,7 @@ After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXi
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from .alignment_voxkrikri import (
     TextFollower,
     aligned_states,
     alignment_mask,
+    next_tokens,
     spell,
     text_aligned_states,
     token_bytes,
@@ -56,6 +57,7 @@ class CrossModalFusion(nn.Module):
     """Eq. 5: h_t <- h_t + softmax((Y_t Q)(A_s K)^T / sqrt(d) + M_{t,s}) (A_s V), in heads.
 
     Y is h itself, normalised unless `fusion_norm` is off. With one head and no norm this is the equation to the letter.
+    `copy_hypothesis` adds E_t C, where E_t is the LLM's embedding of the token that the hypothesis goes on with.
     """
 
     def __init__(self, config: VoxKrikriConfig):
@@ -66,6 +68,7 @@ class CrossModalFusion(nn.Module):
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.k_proj = nn.Linear(speech_hidden, hidden, bias=False)
         self.v_proj = nn.Linear(speech_hidden, hidden, bias=False)
+        self.copy_proj = nn.Linear(hidden, hidden, bias=False) if config.copy_hypothesis else None
         self.prior_shift = nn.Parameter(torch.empty(self.heads)) if config.alignment_prior else None
         self.log_sigma = nn.Parameter(torch.empty(self.heads)) if config.alignment_prior else None
 
@@ -83,6 +86,7 @@ class CrossModalFusion(nn.Module):
         mask: torch.BoolTensor,
         offsets: torch.Tensor,
         is_text: torch.BoolTensor,
+        copies: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns what is added to h, `(batch, rows, hidden)`.
 
@@ -91,6 +95,7 @@ class CrossModalFusion(nn.Module):
             keys, values: from `project_audio`.
             mask, offsets: `(batch, rows, states)`, the states seen and s - c_t.
             is_text: `(batch, rows)`, False where no audio may enter.
+            copies: E, `(batch, rows, hidden)`.
         """
         queries = self.q_proj(self.norm(hidden_states)).unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
         scores = (queries @ keys.transpose(-1, -2)).float() / self.head_size**0.5
@@ -99,6 +104,8 @@ class CrossModalFusion(nn.Module):
             scores = scores - distance**2 / (2 * self.log_sigma.float().exp()[:, None, None] ** 2)
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
         mixed = (scores.softmax(-1).to(values.dtype) @ values).transpose(1, 2).flatten(-2)
+        if self.copy_proj is not None:
+            mixed = mixed + self.copy_proj(nn.functional.rms_norm(copies, copies.shape[-1:]))
         return mixed * is_text[..., None]
 
 
@@ -197,14 +204,14 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
                 module._is_hf_initialized = True  # peft has done it: B starts at zero
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Q and K as the LLM's own linears, V zero; the prior's heads look 0, 1, 2, 3 states ahead, ever less sharply.
+        """Q and K as the LLM's own linears, V and C zero; the prior's heads look 0, 1, 2, 3 states ahead, ever less sharply.
 
         A token is spelt by a few states in a row, and nothing else in Eq. 5 tells the first of them from the next.
         """
         for fusion in self.fusion:  # leaf by leaf: transformers skips a module that has no parameter of its own
             if module in (fusion.q_proj, fusion.k_proj):
                 init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
-            elif module is fusion.v_proj:
+            elif module in (fusion.v_proj, fusion.copy_proj):
                 init.zeros_(module.weight)
             elif module is fusion and fusion.log_sigma is not None:
                 init.copy_(fusion.prior_shift, torch.arange(fusion.heads) % 4.0)
@@ -377,6 +384,31 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
             return text_aligned_states(text_reached, nn.functional.pad(ends, (1, 0)), state_lengths)
         return aligned_states(text_positions, state_lengths, hypothesis_token_counts, self.config.states_per_token)
 
+    @cached_property
+    def _vocabulary(self) -> dict[bytes, int]:
+        """The LLM's token of every piece of text."""
+        spelt = map(spell, self.text_bytes.cpu().numpy())
+        return {piece: token for token, piece in enumerate(spelt) if piece}
+
+    def copied_tokens(
+        self,
+        text_reached: torch.LongTensor,
+        last_visible: torch.LongTensor,
+        hypothesis_ids: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+    ) -> torch.LongTensor:
+        """The LLM's token that the hypothesis goes on with at each row, `(batch, rows)`.
+
+        It is the longest that the visible states wrote, the LLM's end behind the last of them, and -1 where none fits.
+        """
+        spelt = self.speech_bytes[hypothesis_ids]
+        starts = nn.functional.pad((spelt != 0).sum(-1).cumsum(-1), (1, 0))
+        stops = starts.gather(1, (last_visible + 1).clamp(max=starts.shape[1] - 1))
+        rows = zip(map(spell, spelt.cpu().numpy()), text_reached.tolist(), stops.tolist(), strict=True)
+        tokens = torch.tensor([next_tokens(*row, self._vocabulary) for row in rows], device=stops.device)
+        ended = (last_visible == state_lengths[:, None] - 1) & (text_reached >= stops)
+        return tokens.masked_fill(ended, self.end_token_ids[0])
+
     def last_visible_state(
         self,
         aligned: torch.LongTensor,
@@ -424,6 +456,7 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
             kwargs["audio_mask"],
             kwargs["audio_offsets"],
             kwargs["audio_is_text"],
+            kwargs.get("audio_copies"),
         )
         return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
@@ -493,7 +526,8 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
                     raise ValueError("beside audio, forward needs text_positions or labels to place the text")
                 text_positions = positions_from_labels(labels)
             if text_reached is None and input_ids is not None:
-                text_reached = self.follow_hypothesis(input_ids, text_positions, hypothesis_ids)
+                text = input_ids if labels is None else torch.where(labels < 0, input_ids, labels)  # noise is no text
+                text_reached = self.follow_hypothesis(text, text_positions, hypothesis_ids)
             if state_waits is None:
                 state_waits = self._waits_for_end(labels, state_lengths) if labels is not None else 0
             aligned, centres = self.align(
@@ -508,6 +542,10 @@ class VoxKrikriForConditionalGeneration(VoxKrikriCheckpointMixin, VoxKrikriGener
                 "audio_offsets": torch.arange(num_states, device=centres.device) - centres[..., None],
                 "audio_is_text": text_positions >= 0,
             }
+            if self.config.copy_hypothesis:
+                tokens = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
+                embeddings = self.get_input_embeddings()(tokens.clamp(min=0))
+                kwargs["audio_copies"] = embeddings * (tokens >= 0)[..., None]
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         inputs = {
             "input_ids": input_ids,

@@ -81,7 +81,8 @@ def assemble(tokenizers, speech=None, text=None, seed: int = 0, **fusion) -> Vox
         **fusion,
     )
     for fusion_layer in model.fusion:
-        torch.nn.init.normal_(fusion_layer.v_proj.weight, std=0.5)
+        for projection in filter(None, (fusion_layer.v_proj, fusion_layer.copy_proj)):
+            torch.nn.init.normal_(projection.weight, std=0.5)
     model.generation_config.max_new_tokens = 12
     return model.eval()
 

@@ -10,6 +10,7 @@ from voxkrikri.alignment_voxkrikri import (
     TextFollower,
     aligned_states,
     alignment_mask,
+    next_tokens,
     spell,
     text_aligned_states,
     token_bytes,
@@ -115,6 +116,39 @@ def test_rows_of_a_text_stand_where_its_own_words_begin(tokenizers):
         written = len(tokenizers.text.decode(text[:t]).encode())
         starts = [len(tokenizers.speech.decode(hypothesis[:s]).encode()) for s in range(len(hypothesis) + 1)]
         assert aligned[0, len(prompt) - 1 + t] == max(s for s, start in enumerate(starts) if start <= written)
+
+
+def test_the_next_token_is_the_longest_that_is_visible():
+    vocabulary = {b"a": 0, b"ab": 1, b"abc": 2, b"c": 3}
+    assert next_tokens(b"abcxab", [0, 0, 0, 2, 3, 4, 6], [6, 2, 0, 6, 6, 6, 6], vocabulary) == [2, 1, -1, 3, -1, 1, -1]
+
+
+def test_copying_row_by_row_writes_the_hypothesis(tokenizers):
+    """Each row is shown the token that goes on from what the rows before were shown; at last the end."""
+    model = assemble(tokenizers, alignment="text", copy_hypothesis=True)
+    speech, text = tokenizers.speech, tokenizers.text
+    hypothesis_ids = torch.tensor([speech("Η θάλασσα ήταν ήσυχη", add_special_tokens=False).input_ids])
+    states = torch.tensor([hypothesis_ids.shape[1] + 1])
+    ids = [text.bos_token_id]
+    while ids[-1] not in model.end_token_ids:
+        reached = model.follow_hypothesis(torch.tensor([ids]), torch.arange(len(ids))[None], hypothesis_ids)
+        shown = model.copied_tokens(reached, (states - 1).expand(1, len(ids)), hypothesis_ids, states)
+        assert shown[0, :-1].tolist() == ids[1:]
+        ids.append(int(shown[0, -1]))
+    assert text.decode(ids[1:-1]).strip() == "Η θάλασσα ήταν ήσυχη"
+
+
+def test_what_a_row_is_shown_of_the_hypothesis_stands_in_the_states_it_sees(tokenizers):
+    model = assemble(tokenizers, alignment="text", copy_hypothesis=True)
+    spell_out = tokenizers.speech.convert_tokens_to_ids  # in pieces of one byte: the LLM's are longer
+    ids = torch.tensor([spell_out(list("".join(tokenizers.speech.tokenize(" Η θάλασσα ήταν ήσυχη"))))])
+    states, beginning = torch.tensor([ids.shape[1] + 1]), torch.zeros(1, 1, dtype=torch.long)
+    shown = {}
+    for seen in range(ids.shape[1]):
+        shown[seen] = model.copied_tokens(beginning, torch.tensor([[seen]]), ids, states).item()
+        later = torch.cat([ids[:, : seen + 1], ids[:, seen + 1 :].flip(1)], dim=1)
+        assert model.copied_tokens(beginning, torch.tensor([[seen]]), later, states).item() == shown[seen]
+    assert len(set(shown.values())) > 1
 
 
 @pytest.mark.parametrize("text", ["Η θάλασσα ήταν ήσυχη.", "ᾠδή: 5 € στο «𝄞»"])

@@ -25,6 +25,7 @@ def test_every_argument_survives_json_and_a_folder(tmp_path):
         alignment="text",
         alignment_lookahead=4,
         alignment_prior=True,
+        copy_hypothesis=True,
         states_per_token=1.25,
         lora={"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
         trained_text_modules=["lm_head"],
@@ -101,6 +102,7 @@ def test_code_is_named_for_every_auto_class():
         pytest.param({"fusion_mode": "half"}, ValueError, "'full', 'causal'.*'half'", id="mode"),
         pytest.param({"alignment": "words"}, ValueError, "'ratio', 'text'.*'words'", id="alignment"),
         pytest.param({"alignment_lookahead": -1}, ValueError, "from 0, got -1", id="lookahead"),
+        pytest.param({"copy_hypothesis": True}, ValueError, "needs alignment=\"text\".*'ratio'", id="copy"),
         pytest.param({"states_per_token": 0.0}, ValueError, "positive, got 0.0", id="ratio"),
     ],
 )

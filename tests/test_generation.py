@@ -12,7 +12,7 @@ from voxkrikri import VoxKrikriForConditionalGeneration
 
 FORMS = [
     pytest.param(mode, alignment, id=f"{mode}-{alignment}")
-    for mode, alignment in (("full", "ratio"), ("causal", "ratio"), ("causal", "text"))
+    for mode, alignment in (("full", "ratio"), ("causal", "ratio"), ("causal", "text"), ("causal", "copy"))
 ]
 LENGTHS = (11, 4, 0)  # tokens of the three clips' hypotheses
 
@@ -34,8 +34,15 @@ def with_end_bias(model, bias: float = 2.0) -> VoxKrikriForConditionalGeneration
 
 
 def aligned_by(model, alignment: str) -> VoxKrikriForConditionalGeneration:
+    """A copy with alignment "ratio" or "text", or "copy": by text, and shown the hypothesis's next token."""
     model = copy.deepcopy(model)
-    model.config.alignment = alignment
+    model.config.alignment = "ratio" if alignment == "ratio" else "text"
+    if alignment == "copy":
+        model.config.copy_hypothesis = True
+        for fusion in model.fusion:
+            hidden = fusion.q_proj.in_features
+            fusion.copy_proj = torch.nn.Linear(hidden, hidden, bias=False)
+            torch.nn.init.normal_(fusion.copy_proj.weight, std=0.2)
     return model
 
 

@@ -12,9 +12,12 @@ from voxkrikri.modeling_voxkrikri import CrossModalFusion, positions_from_labels
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 TEXT = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
 FORMS = [
-    pytest.param(mode, alignment, prior, id=f"{mode}-{alignment}{'-prior' * prior}")
+    pytest.param(mode, {"alignment": alignment, "alignment_prior": prior}, id=f"{mode}-{alignment}{'-prior' * prior}")
     for mode, alignment in (("full", "ratio"), ("causal", "ratio"), ("causal", "text"))
     for prior in (False, True)
+] + [
+    pytest.param(mode, {"alignment": "text", "copy_hypothesis": True}, id=f"{mode}-copy")
+    for mode in ("full", "causal")
 ]
 BOTH_MODES = pytest.mark.parametrize("mode", ["full", "causal"])
 
@@ -203,7 +206,15 @@ def test_untrained_fusion_leaves_the_llm_as_it_is(tokenizers, lora, mode):
     text, speech = tiny_text_model(tokenizers.text), tiny_speech_model(tokenizers.speech)
     plain = copy.deepcopy(text)
     model = VoxKrikriForConditionalGeneration.from_pretrained_backbones(
-        speech, text, lora=lora, injection_layers=[1, 3], fusion_mode=mode
+        speech,
+        text,
+        tokenizer=tokenizers.text,
+        speech_tokenizer=tokenizers.speech,
+        lora=lora,
+        injection_layers=[1, 3],
+        fusion_mode=mode,
+        alignment="text",
+        copy_hypothesis=True,
     ).eval()
     clip = make_clip(model, 2, 6, 5)
     assert torch.equal(model(**clip).logits, plain(input_ids=clip["input_ids"]).logits)
@@ -212,11 +223,9 @@ def test_untrained_fusion_leaves_the_llm_as_it_is(tokenizers, lora, mode):
     assert not torch.equal(model(**clip).logits, plain(input_ids=clip["input_ids"]).logits)
 
 
-@pytest.mark.parametrize(("mode", "alignment", "prior"), FORMS)
-def test_batch_is_one_by_one(tokenizers, mode, alignment, prior):
-    model = assemble(
-        tokenizers, fusion_mode=mode, alignment=alignment, alignment_prior=prior, injection_layers=[1, 2], lora=LORA
-    )
+@pytest.mark.parametrize(("mode", "form"), FORMS)
+def test_batch_is_one_by_one(tokenizers, mode, form):
+    model = assemble(tokenizers, fusion_mode=mode, injection_layers=[1, 2], lora=LORA, **form)
     clips = make_clips(model)
     together = model(**collate(model, clips))
     losses = []

@@ -157,7 +157,7 @@ def prepare(
     data = replace(data, language=source.language or data.language)
     digest = sha256("".join(map(repr, [data.language, *data.hypothesis_options.items()])).encode())
     for parameter in model.speech_model.parameters():  # another Whisper hears something else
-        digest.update(str(parameter.double().sum().item()).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     folder = folder / f"whisper-{digest.hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     rows, state = load_source(source), PartialState()
