@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import soundfile
 from huggingface_hub import ModelCard, RepoCard
 
-from tools import publish
+from tools import publish, review
 from tools.parameters import paper_config, table
+from training.data import load_source
 from training.plan import build_on_meta, count_parameters
+from training.recipe import Source
 
 
 def test_parameters_of_the_papers_model():
@@ -76,3 +80,24 @@ def test_publish_gives_llama_its_name_and_notice(tiny, tmp_path):
     publish.main([*common, "--repo", "us/Llama-VoxKrikri", "--out", str(tmp_path / "out")])
     assert "Built with Llama" in (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
     assert "Llama 3.1 Community License" in (tmp_path / "out" / "model" / "NOTICE").read_text(encoding="utf-8")
+
+
+def test_only_reviewed_clips_are_trained_on(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    recording = 0.1 * rng.standard_normal(40_000).astype(np.float32)
+    soundfile.write(tmp_path / "talk.wav", recording, 16_000)
+    arguments = [str(tmp_path / "talk.wav"), "--model", str(tiny.folder), "--out", str(tmp_path / "review")]
+    review.main(arguments)
+    manifest = tmp_path / "review" / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    clips = {line["audio"]: soundfile.read(tmp_path / "review" / line["audio"])[0] for line in lines}
+    assert len(lines) > 2  # the tiny Whisper hears one second at once
+    np.testing.assert_allclose(np.concatenate([clips[name] for name in sorted(clips)]), recording, atol=1e-4)
+    assert [line["confidence"] for line in lines] == sorted(line["confidence"] for line in lines)
+    with pytest.raises(ValueError, match="is reviewed: set"):
+        load_source(Source(path=str(manifest)))
+    lines[1] |= {"text": "Καλημέρα.", "reviewed": True}
+    manifest.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert load_source(Source(path=str(manifest))).to_list() == [{"audio": lines[1]["audio"], "text": "Καλημέρα."}]
+    with pytest.raises(SystemExit):
+        review.main(arguments)

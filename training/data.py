@@ -46,10 +46,11 @@ LONGEST_TEXT = 600  # characters of a text alone; longer ones become several
 def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
     """Rows of `audio` (a path, or a dict of bytes and path) and `text`; audio is decoded by the processor alone.
 
-    Rows of texts alone keep all their columns.
+    Rows of texts alone keep all their columns. Where there is a column `reviewed`, rows that are not are left out.
 
     Raises:
-        ValueError: for a manifest of another kind, one with a bad line (which is named), or without the columns.
+        ValueError: for a manifest of another kind, with a bad line (which is named), without the columns, or of which
+            nothing is reviewed.
     """
     if source.dataset is not None:
         rows = datasets.load_dataset(
@@ -66,6 +67,10 @@ def load_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
         if kind == "json":
             check_lines(Path(source.path))
         rows = datasets.load_dataset(kind, data_files=source.path, split="train", **options)
+    if "reviewed" in rows.column_names:  # what a machine wrote teaches nothing until somebody has checked it
+        rows = rows.filter(lambda row: str(row["reviewed"]).lower() in ("true", "1"))
+        if not source.streaming and len(rows) == 0:
+            raise ValueError(f"no line of {source.path or source.dataset} is reviewed: set its reviewed to true")
     needed = [source.text] if source.has_texts_alone else [source.audio, source.text]
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
