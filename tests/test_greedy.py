@@ -1,5 +1,6 @@
 """A draft changes how often the LLM runs and nothing else."""
 
+import os
 import random
 
 import pytest
@@ -139,3 +140,50 @@ def test_a_wrong_draft_is_offered_less():
         draft.learn(len(offer), 0)
     assert offered[0] == Draft.LONGEST and offered[1] == Draft.SHORTEST
     assert sum(size > 0 for size in offered) <= Draft.PATIENCE + 1 + 40 // (Draft.REST + 1)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_drafts_of_random_models_change_nothing(tokenizers, part):
+    """FUZZ drafts in all (100; `FUZZ=1000 pytest tests/test_greedy.py -k random_drafts` for a long run)."""
+    drafts = 0
+    for seed in range(part, 10**6, 4):
+        rng = random.Random(seed)
+        alignment = rng.choice(["ratio", "text", "copy"])
+        kind = {
+            "config_class": MistralConfig,
+            "model_class": MistralForCausalLM,
+            "sliding_window": rng.randrange(3, 9),
+        }
+        torch.manual_seed(seed)
+        model = assemble(  # noqa: F811
+            tokenizers,
+            text=tiny_text_model(tokenizers.text, **(kind if rng.random() < 0.3 else {})),
+            seed=seed,
+            injection_layers=rng.choice([[1], [2, 3]]),
+            alignment="ratio" if alignment == "ratio" else "text",
+            copy_hypothesis=alignment == "copy",
+            alignment_prior=rng.random() < 0.5,
+            alignment_lookahead=rng.randrange(4),
+            fusion_mode=rng.choice(["full", "causal"]),
+        )
+        model = with_end_bias(model, rng.uniform(0, 4))
+        audio, singles = hear(model, torch.randn(3, 80, 100), [rng.randrange(13) for _ in range(3)])
+        prompts = prompt_batch(model) if rng.random() < 0.5 else {}
+        plain = model.generate(**audio, **prompts, max_new_tokens=24)
+        texts = [without_padding(model, ids) for ids in plain]
+        mixed = [drafts_like([ids], rng.choice(KINDS), model.end_token_ids[0], seed) for ids in texts]
+        width = max(draft["draft_ids"].shape[1] for draft in mixed)
+        rows = {
+            name: torch.cat(
+                [torch.nn.functional.pad(d[name], (0, width - d[name].shape[1]), value=fill) for d in mixed]
+            )
+            for name, fill in (("draft_ids", -1), ("draft_word_starts", False))
+        }
+        assert torch.equal(model.generate(**audio, **prompts, **rows, max_new_tokens=24), plain), seed
+        clip = rng.randrange(3)
+        prompt = {"input_ids": torch.tensor([PROMPTS[clip]])} if prompts else {}
+        alone = model.generate(**singles[clip], **prompt, **mixed[clip], max_new_tokens=24)
+        assert without_padding(model, alone[0]) == texts[clip], seed
+        drafts += 3
+        if drafts >= int(os.environ.get("FUZZ", 100)) / 4:
+            break
