@@ -51,6 +51,7 @@ class Draft:
     """
 
     LONGEST, SHORTEST = 64, 12  # tokens offered in one pass
+    ROWS_ON_CPU, ROWS = 32, 512  # of all clips in one pass; an accelerator reads its weights once for all of them
     REACH = 8  # tokens ahead in which a token of the LLM is looked for
     PATIENCE, REST = 4, 6  # passes without any agreement, then passes without an offer
 
@@ -168,8 +169,10 @@ def greedy_search(
     passes = 0
     while not all(clip.finished for clip in clips):
         offers = []
+        rows = Draft.ROWS_ON_CPU if device.type == "cpu" else Draft.ROWS
+        share = max(2, rows // sum(not clip.finished for clip in clips))
         for clip in clips:
-            room = max(0, most - len(clip.tokens) - 1)
+            room = max(0, min(share, most - len(clip.tokens) - 1))
             offers.append([] if clip.finished else clip.draft.offer()[:room])
         columns = [clip.columns(offer, pieces) for clip, offer in zip(clips, offers, strict=True)]
         if cached_mask.shape[1]:  # all but the last token of the text is in the cache

@@ -76,7 +76,8 @@ def test_any_draft_gives_the_tokens_of_none(model, features, mode, alignment, pr
 
 
 def test_a_perfect_draft_needs_one_pass_and_a_wrong_word_two_more(model, features):  # noqa: F811
-    audio, _ = hear(model, features)
+    _, singles = hear(model, features)
+    audio = singles[0]
     options = {"fusion_mode": "full", "return_dict_in_generate": True, "max_new_tokens": 24}
     plain = model.generate(**audio, **options)
     texts = [without_padding(model, ids) for ids in plain.sequences]
