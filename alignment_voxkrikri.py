@@ -1,9 +1,11 @@
 """Where in the hypothesis each row of the text stands, and which states it sees (Eqs. 3-4)."""
 
 import re
+from functools import cached_property
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -134,3 +136,100 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Te
         data = data.replace(b"\0", b"")[:LONGEST_PIECE]
         table[token, : len(data)] = np.frombuffer(data, dtype=np.uint8)
     return torch.from_numpy(table)
+
+
+class VoxKrikriAlignmentMixin:
+    """Alignment of VoxKrikriForConditionalGeneration, which owns `config`, `speech_bytes` and `text_bytes`."""
+
+    def follow_hypothesis(
+        self,
+        input_ids: torch.LongTensor,
+        text_positions: torch.LongTensor,
+        hypothesis_ids: torch.LongTensor | None,
+    ) -> torch.LongTensor:
+        """How many bytes of the hypothesis the text before each row's token stands for, `(batch, rows)`.
+
+        `input_ids` hold the text from its beginning; 0 where the configuration's alignment does not ask.
+        """
+        reached = torch.zeros(text_positions.shape, dtype=torch.long)
+        if self.config.alignment == "text" and hypothesis_ids is not None:
+            pieces = self.text_bytes[input_ids].cpu().numpy()
+            hypotheses = self.speech_bytes[hypothesis_ids].cpu().numpy()
+            for clip, positions in enumerate(text_positions.tolist()):
+                follower = TextFollower(spell(hypotheses[clip]))
+                for row, t in enumerate(positions):
+                    if t > 0:
+                        reached[clip, row] = follower.read(spell(pieces[clip, row]))
+        return reached.to(text_positions.device)
+
+    def _state_starts(self, hypothesis_ids: torch.LongTensor) -> torch.LongTensor:
+        """The first byte of each hypothesis token, then of the end, `(batch, n + 1)`."""
+        lengths = (self.speech_bytes[hypothesis_ids] != 0).sum(-1)
+        return nn.functional.pad(lengths.cumsum(-1), (1, 0))
+
+    def align(
+        self,
+        text_positions: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+        text_reached: torch.LongTensor | None = None,
+        hypothesis_ids: torch.LongTensor | None = None,
+        hypothesis_token_counts: torch.LongTensor | None = None,
+    ) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        """State index and centre of every row, `(batch, rows)`, by the configuration's alignment."""
+        if self.config.alignment == "text":
+            if text_reached is None or hypothesis_ids is None:
+                raise ValueError('alignment="text" needs the hypothesis: give hypothesis_ids beside audio_states')
+            return text_aligned_states(text_reached, self._state_starts(hypothesis_ids), state_lengths)
+        return aligned_states(text_positions, state_lengths, hypothesis_token_counts, self.config.states_per_token)
+
+    @cached_property
+    def _vocabulary(self) -> dict[bytes, int]:
+        """The LLM's token of every piece of text."""
+        spelt = map(spell, self.text_bytes.cpu().numpy())
+        return {piece: token for token, piece in enumerate(spelt) if piece}
+
+    def copied_tokens(
+        self,
+        text_reached: torch.LongTensor,
+        last_visible: torch.LongTensor,
+        hypothesis_ids: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+    ) -> torch.LongTensor:
+        """The LLM's token that the hypothesis goes on with at each row, `(batch, rows)`.
+
+        It is the longest that the visible states wrote, the LLM's end behind the last of them, and -1 where none fits.
+        """
+        spelt, starts = self.speech_bytes[hypothesis_ids].cpu().numpy(), self._state_starts(hypothesis_ids)
+        stops = starts.gather(1, (last_visible + 1).clamp(max=starts.shape[1] - 1))
+        rows = zip(map(spell, spelt), text_reached.tolist(), stops.tolist(), strict=True)
+        tokens = torch.tensor([next_tokens(*row, self._vocabulary) for row in rows], device=stops.device)
+        ended = (last_visible == state_lengths[:, None] - 1) & (text_reached >= stops)
+        return tokens.masked_fill(ended, self.end_token_ids[0])
+
+    def last_visible_state(
+        self,
+        aligned: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+        fusion_mode: str,
+        alignment_lookahead: int | None = None,
+        state_waits: torch.LongTensor | int = 0,
+    ) -> torch.LongTensor:
+        """s_t, the last state each row sees, `(batch, rows)`: S - 1 in full mode, else at most aligned + k + waits."""
+        last = (state_lengths[:, None] - 1).expand_as(aligned)
+        if fusion_mode == "full":
+            return last
+        lookahead = self.config.alignment_lookahead if alignment_lookahead is None else alignment_lookahead
+        return torch.minimum(aligned + lookahead + state_waits, last)
+
+    def sees_last_state(
+        self,
+        text_positions: torch.LongTensor,
+        state_lengths: torch.LongTensor,
+        alignment_lookahead: int | None = None,
+        state_waits: torch.LongTensor | int = 0,
+        **alignment,
+    ) -> torch.BoolTensor:
+        """Whether a causal row sees all of the hypothesis, `(batch, rows)`: only then may it end the text."""
+        aligned, _ = self.align(text_positions, state_lengths, **alignment)
+        visible = self.last_visible_state(aligned, state_lengths, "causal", alignment_lookahead, state_waits)
+        return visible == state_lengths[:, None] - 1

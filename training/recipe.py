@@ -64,9 +64,7 @@ class Data:
     fusion_modes: list[str] = field(default_factory=lambda: ["full", "causal"])  # one drawn for every batch
     prefix_share: float = 0.0  # of clips cut off as a stream cuts them: what is heard so far, and no end
     ratio_jitter: float = 0.0  # T is off by up to this share, as it is where a stream guesses it
-    live: bool = (
-        False  # Whisper hears every clip anew, changed by what follows; slower, and nothing is learnt by heart
-    )
+    live: bool = False  # Whisper hears every clip anew, changed by what follows: slower, and less is learnt by heart
     speeds: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])  # one drawn for every clip
     masked_frames: float = 0.05  # share of the frames in two spans of zeros (SpecAugment)
     masked_mels: float = 0.1  # share of the mel bins, likewise
@@ -95,9 +93,7 @@ class Recipe:
     data: Data
     training: dict
     prepared: str = "data/prepared"
-    learning_rates: dict[str, float] = field(
-        default_factory=dict
-    )  # of "fusion" and "text" (the LLM), where they differ; 0 freezes one
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of "fusion" and "text" (the LLM); 0 freezes one
 
 
 def check_names(given: Iterable[str], known: list[str], where: str) -> None:
