@@ -118,6 +118,32 @@ def test_rows_of_a_text_stand_where_its_own_words_begin(tokenizers):
         assert aligned[0, len(prompt) - 1 + t] == max(s for s, start in enumerate(starts) if start <= written)
 
 
+def test_wrong_input_tokens_do_not_mislead_the_alignment(tokenizers, monkeypatch):
+    """In training the LLM may read noise; the place in the hypothesis is that of the labels."""
+    model = assemble(tokenizers, alignment="text")
+    text = tokenizers.text("Η θάλασσα ήταν ήσυχη").input_ids
+    hypothesis_ids = torch.tensor([tokenizers.speech("Η θάλασσα ήταν ήσυχη", add_special_tokens=False).input_ids])
+    input_ids, labels = torch.tensor([text]), torch.tensor([[-100, *text[1:]]])
+    states = hypothesis_ids.shape[1] + 1
+    audio = {
+        "audio_states": torch.randn(1, states, model.config.speech_config.d_model),
+        "state_lengths": torch.tensor([states]),
+        "hypothesis_ids": hypothesis_ids,
+    }
+    reached = []
+    monkeypatch.setattr(
+        model,
+        "follow_hypothesis",
+        lambda *args: reached.append(type(model).follow_hypothesis(model, *args)) or reached[-1],
+    )
+    noisy = input_ids.clone()
+    noisy[:, 2::2] = 7
+    for ids in (input_ids, noisy):
+        model(input_ids=ids, labels=labels, **audio)
+    assert torch.equal(*reached)
+    assert reached[0].max() > 10
+
+
 def test_the_next_token_is_the_longest_that_is_visible():
     vocabulary = {b"a": 0, b"ab": 1, b"abc": 2, b"c": 3}
     assert next_tokens(b"abcxab", [0, 0, 0, 2, 3, 4, 6], [6, 2, 0, 6, 6, 6, 6], vocabulary) == [2, 1, -1, 3, -1, 1, -1]
