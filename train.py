@@ -18,7 +18,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoTokenizer, TrainingArguments, WhisperFeatureExtractor, WhisperTokenizer, set_seed
+from transformers import (
+    AutoTokenizer,
+    TrainingArguments,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.data import LiveClips, PreparedClips, Texts, mix, prepare
@@ -40,18 +47,25 @@ def model_settings() -> list[str]:
 def load_model(model: dict) -> tuple[VoxKrikriForConditionalGeneration, VoxKrikriProcessor]:
     """A model assembled from its backbones, or an earlier run's (`init_from`), whose settings may change.
 
-    An earlier run without LoRA gets one here where the recipe asks for it: the fusion first, then the LLM.
+    An earlier run without LoRA gets one here where the recipe asks for it: the fusion first, then the LLM. Where it names
+    a Whisper (`speech`), that one takes the place of the earlier run's: the same Whisper, trained further.
     """
     settings = dict(model)
     check_names(settings, model_settings(), "model")
     if source := settings.pop("init_from", None):
+        speech = settings.pop("speech", None)
+        if "text" in settings:
+            raise ValueError(f"model.init_from ({source}) has an LLM: leave model.text ({settings['text']}) out")
         config = VoxKrikriConfig.from_pretrained(source)
         lora = settings.pop("lora", None) if config.lora is None else None
         config.update(settings)
         model = VoxKrikriForConditionalGeneration.from_pretrained(source, config=config)
         if lora is not None:
             model.add_lora(lora)
-        return model, VoxKrikriProcessor.from_pretrained(source)
+        processor = VoxKrikriProcessor.from_pretrained(source)
+        if speech is not None:
+            replace_whisper(model, processor, speech)
+        return model, processor
     speech, text = settings.pop("speech"), settings.pop("text")
     processor = VoxKrikriProcessor(
         WhisperFeatureExtractor.from_pretrained(speech),
@@ -62,6 +76,23 @@ def load_model(model: dict) -> tuple[VoxKrikriForConditionalGeneration, VoxKrikr
         speech, text, tokenizer=processor.tokenizer, speech_tokenizer=processor.speech_tokenizer, **settings
     )
     return model, processor
+
+
+def replace_whisper(model: VoxKrikriForConditionalGeneration, processor: VoxKrikriProcessor, speech: str) -> None:
+    """Puts the Whisper `speech` (a folder or Hub id) in the place of the model's, which has the same shapes and pieces."""
+    whisper = WhisperForConditionalGeneration.from_pretrained(speech, dtype=model.speech_model.dtype)
+    tokenizer = WhisperTokenizer.from_pretrained(speech)
+    given, known = ({name: p.shape for name, p in w.named_parameters()} for w in (whisper, model.speech_model))
+    if given != known or tokenizer.get_vocab() != processor.speech_tokenizer.get_vocab():
+        raise ValueError(
+            f"model.speech ({speech}) has other layers or another vocabulary than the Whisper of model.init_from: only "
+            "the same Whisper, trained further, may take its place. Assemble a new model from speech and text"
+        )
+    model.speech_model.load_state_dict(whisper.state_dict())
+    model.speech_model.generation_config = whisper.generation_config
+    model.config.speech_generation_config = whisper.generation_config.to_dict()
+    model.config.speech_model_id, model.config.speech_model_revision = speech, None
+    processor.speech_tokenizer = tokenizer
 
 
 def claim_output(output: Path, recipe: Recipe) -> None:

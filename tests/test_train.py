@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import datasets
@@ -244,6 +245,28 @@ def test_an_earlier_run_can_be_gone_on_from_with_other_settings(workshop):
     assert torch.equal(model.fusion[0].q_proj.weight, weights(workshop / "run")["fusion.0.q_proj.weight"])
     with pytest.raises(ValueError, match="model has no 'lookahead': did you mean 'alignment_lookahead'"):
         train.load_model({"init_from": str(workshop / "run"), "lookahead": 3})
+
+
+def test_the_same_whisper_trained_further_takes_the_place_of_an_earlier_run_s(workshop, tmp_path):
+    model, processor = train.load_model({"init_from": str(workshop / "run")})
+    further = deepcopy(model.speech_model)
+    with torch.no_grad():
+        further.model.encoder.layer_norm.bias += 1
+    further.save_pretrained(tmp_path / "further")
+    processor.speech_tokenizer.save_pretrained(tmp_path / "further")
+    settings = {"init_from": str(workshop / "run"), "speech": str(tmp_path / "further")}
+    changed, _ = train.load_model(settings)
+    changed.save_pretrained(tmp_path / "changed")
+    before = model.state_dict()
+    after = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "changed").state_dict()
+    differing = [name for name in before if not torch.equal(before[name], after[name])]
+    assert differing == ["speech_model.model.encoder.layer_norm.bias"]
+    with pytest.raises(ValueError, match="has an LLM: leave model.text"):
+        train.load_model(settings | {"text": "another"})
+    processor.speech_tokenizer.add_tokens(["another piece"])
+    processor.speech_tokenizer.save_pretrained(tmp_path / "further")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        train.load_model(settings)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def build_config(model: dict) -> VoxKrikriConfig:
     settings = {name: value for name, value in model.items() if name not in ("dtype", "text_kwargs")}
     if source := settings.pop("init_from", None):
         config = VoxKrikriConfig.from_pretrained(source)
+        config.speech_model_id = settings.pop("speech", config.speech_model_id)
         config.update(settings)
         return config
     speech, text = settings.pop("speech"), settings.pop("text")
