@@ -43,7 +43,7 @@ def test_groups_share_no_voice_and_no_rate():
 
 @pytest.mark.parametrize("kind", [kind for kind in (*NOISES, TEST_NOISE) if kind != "babble"])
 def test_every_noise_sounds(kind):
-    noise = make_noise(kind, 4_000, np.random.default_rng(0), list(SENTENCES), "test")
+    noise = make_noise(kind, 4_000, np.random.default_rng(0), list(SENTENCES), "el", "test")
     assert noise.shape == (4_000,) and np.isfinite(noise).all() and noise.std() > 0
 
 

@@ -1,4 +1,4 @@
-"""Synthesises the mini's Greek speech: a text file becomes FLAC clips and a manifest with word times.
+"""Synthesises the mini's speech: a text file becomes FLAC clips and a manifest with word times.
 
     python -m recipes.mini.speak --text speech_train.txt --group speech --renderings 5 --out data/speech
 
@@ -82,7 +82,7 @@ class _Event(ctypes.Structure):
 
 
 class Espeak:
-    """Greek speech from libespeak-ng (one per process: the library keeps its state in globals)."""
+    """Speech from libespeak-ng (one per process: the library keeps its state in globals)."""
 
     SYNCHRONOUS, UTF8, POSITION_CHARACTER = 2, 1, 1
     RATE, PITCH, RANGE = 1, 3, 4
@@ -108,11 +108,13 @@ class Espeak:
             index += 1
         return 0
 
-    def speak(self, text: str, voice: str, rate: int, pitch: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
+    def speak(
+        self, text: str, language: str, voice: str, rate: int, pitch: int
+    ) -> tuple[np.ndarray, list[tuple[int, float]]]:
         """Returns samples (n,) at 16 kHz in [-1, 1] and (first character, start in seconds) of every word spoken."""
         self._samples, self._words = [], []
-        if self.library.espeak_SetVoiceByName(f"el+{voice}".encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice el+{voice}")
+        if self.library.espeak_SetVoiceByName(f"{language}+{voice}".encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {language}+{voice}")
         self.library.espeak_SetParameter(self.RATE, rate, 0)
         self.library.espeak_SetParameter(self.PITCH, pitch, 0)
         data = text.encode() + b"\0"
@@ -147,7 +149,9 @@ def coloured_noise(rng: np.random.Generator, count: int, exponent: float) -> np.
     return np.fft.irfft(spectrum, count)
 
 
-def make_noise(kind: str, count: int, rng: np.random.Generator, texts: list[str], group: str) -> np.ndarray:
+def make_noise(
+    kind: str, count: int, rng: np.random.Generator, texts: list[str], language: str, group: str
+) -> np.ndarray:
     """One of NOISES or TEST_NOISE, (count,), at any level."""
     time = np.arange(count) / SAMPLE_RATE
     if kind in ("white", "pink", "brown"):
@@ -156,7 +160,9 @@ def make_noise(kind: str, count: int, rng: np.random.Generator, texts: list[str]
         noise = np.zeros(count)
         for _ in range(5):
             voice, rate = rng.choice(VOICES[group]), int(rng.choice(RATES[group]))
-            talker, _ = espeak().speak(texts[rng.integers(len(texts))], voice, rate, int(rng.integers(30, 70)))
+            talker, _ = espeak().speak(
+                texts[rng.integers(len(texts))], language, voice, rate, int(rng.integers(30, 70))
+            )
             noise += rng.uniform(0.4, 1) * np.roll(np.resize(talker, count), rng.integers(count))
         return noise
     if kind == "hum":
@@ -198,14 +204,16 @@ def room_response(rt60: float, rng: np.random.Generator) -> np.ndarray:
     return tail
 
 
-def make_clip(text: str, group: str, rng: np.random.Generator, texts: list[str]) -> tuple[np.ndarray, dict]:
+def make_clip(
+    text: str, language: str, group: str, rng: np.random.Generator, texts: list[str]
+) -> tuple[np.ndarray, dict]:
     """Speaks `text` once as a voice of `group` in a drawn acoustic; empty text gives silence or noise alone."""
     noises = NOISES + ((TEST_NOISE,) if group == "test" else ())
     rooms = ROOMS + ((TEST_ROOM,) if group == "test" else ())
     entry = {"text": text, "voice": None, "rate": None, "words": [], "room": None, "telephone": False, "noise": None}
     if text:
         entry["voice"], entry["rate"] = str(rng.choice(VOICES[group])), int(rng.choice(RATES[group]))
-        speech, starts = espeak().speak(text, entry["voice"], entry["rate"], int(rng.integers(30, 71)))
+        speech, starts = espeak().speak(text, language, entry["voice"], entry["rate"], int(rng.integers(30, 71)))
         lead, rest = rng.uniform(0.05, 0.3, size=2)
         audio = np.pad(speech, (int(lead * SAMPLE_RATE), int(rest * SAMPLE_RATE)))
         starts = [(character, start + lead) for character, start in starts]
@@ -218,7 +226,7 @@ def make_clip(text: str, group: str, rng: np.random.Generator, texts: list[str])
         audio = fftconvolve(audio, room_response(entry["room"], rng))[: len(audio)]
     if rng.random() < (NOISE_SHARE if text else 0.8):
         entry["noise"], entry["snr"] = str(rng.choice(noises)), round(float(rng.uniform(0, 20)), 1)
-        noise = make_noise(entry["noise"], len(audio), rng, texts, group)
+        noise = make_noise(entry["noise"], len(audio), rng, texts, language, group)
         level = np.sqrt(np.mean(audio**2)) if text else 0.1
         audio = audio + noise * level / (np.sqrt(np.mean(noise**2)) + 1e-9) / 10 ** (entry["snr"] / 20)
     if rng.random() < TELEPHONE_SHARE:
@@ -246,7 +254,7 @@ def plan_texts(texts: list[str], renderings: int, join: bool, seed: int) -> list
 
 def write_part(task: tuple) -> Path:
     """Speaks one part of the plan into `out`/NNNN/*.flac and, last and whole, its manifest `out`/NNNN.jsonl."""
-    part, plan, texts, group, seed, out = task
+    part, plan, texts, language, group, seed, out = task
     manifest = out / f"{part:04d}.jsonl"
     if manifest.exists():
         return manifest
@@ -254,7 +262,7 @@ def write_part(task: tuple) -> Path:
     folder.mkdir(exist_ok=True)
     for index, text in enumerate(plan):
         rng = np.random.default_rng((seed, part, index))
-        audio, entry = make_clip(text, group, rng, texts)
+        audio, entry = make_clip(text, language, group, rng, texts)
         path = folder / f"{index:03d}.flac"
         soundfile.write(path, audio, SAMPLE_RATE, subtype="PCM_16")
         lines.append(json.dumps({"audio": str(path.relative_to(out)), **entry}, ensure_ascii=False))
@@ -269,9 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, required=True, help="one sentence a line, UTF-8")
     parser.add_argument("--out", type=Path, required=True, help="folder for FLAC files and manifest.jsonl")
     parser.add_argument("--group", choices=tuple(VOICES), required=True, help="whose voices and rates speak")
+    parser.add_argument("--language", default="el", help="a language of espeak-ng")
     parser.add_argument("--renderings", type=int, default=1, help="how often each sentence is spoken")
     parser.add_argument("--single", action="store_true", help="each sentence in its own clip, in order, none empty")
-    parser.add_argument("--sentences", action="store_true", help="split running text, leave out numerals and Latin")
+    parser.add_argument(
+        "--sentences", action="store_true", help="split running Greek text, leave out numerals and Latin"
+    )
     parser.add_argument("--max-words", type=int, default=24, help="longer lines are left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -287,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_texts(texts, args.renderings, join=not args.single, seed=args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = [
-        (part, plan[first : first + CLIPS_PER_PART], texts, args.group, args.seed, args.out)
+        (part, plan[first : first + CLIPS_PER_PART], texts, args.language, args.group, args.seed, args.out)
         for part, first in enumerate(range(0, len(plan), CLIPS_PER_PART))
     ]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:

@@ -42,15 +42,14 @@ CTC_WEIGHT = 0.3
 WRONG_SHARE = 0.2
 PACKED_SHARE = 0.6
 LONGEST_TEXT = 128  # tokens of the decoder, its prefix and the end among them
-LETTERS = "αβγδεζηθικλμνξοπρστυφχψωάέήίόύώϊϋΐΰ"  # what CTC spells: neither spaces nor punctuation can be heard
 
 
 class WhisperWithCTC(WhisperForConditionalGeneration):
     """Whisper whose loss is (1 - w) of its own and w of a CTC loss on its encoder, w = CTC_WEIGHT."""
 
-    def __init__(self, config: WhisperConfig):
+    def __init__(self, config: WhisperConfig, letters: str):
         super().__init__(config)
-        self.ctc_head = torch.nn.Linear(config.d_model, len(LETTERS) + 1)  # the last class is the blank
+        self.ctc_head = torch.nn.Linear(config.d_model, len(letters) + 1)  # the last class is the blank
         self.post_init()
         for conv in (self.model.encoder.conv1, self.model.encoder.conv2):
             torch.nn.init.kaiming_normal_(conv.weight)  # else the sinusoids of the positions drown the audio at first
@@ -59,7 +58,7 @@ class WhisperWithCTC(WhisperForConditionalGeneration):
         self.set_attn_implementation("eager")  # with bf16 on a CPU, a quarter faster than SDPA's backward
 
     def forward(self, input_features=None, labels=None, letters=None, **kwargs):
-        """letters: `(batch, longest)` indices into LETTERS, padded with -1."""
+        """letters: `(batch, longest)` indices of letters, padded with -1."""
         if self.training:
             # The decoder would rather learn its few sentences by heart than listen: part of what it reads is wrong.
             read = shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
@@ -73,7 +72,7 @@ class WhisperWithCTC(WhisperForConditionalGeneration):
                 letters.clamp(min=0),
                 torch.full((len(letters),), log_probs.shape[1]),
                 (letters >= 0).sum(1),
-                blank=len(LETTERS),
+                blank=log_probs.shape[2] - 1,
                 zero_infinity=True,
             )
             output.loss = (1 - CTC_WEIGHT) * output.loss + CTC_WEIGHT * ctc
@@ -141,9 +140,10 @@ class Clips(torch.utils.data.Dataset):
         folders: list[Path],
         extractor: WhisperFeatureExtractor,
         tokenizer: WhisperTokenizer,
+        letters: str,
         packed: float = 0.0,
     ):
-        self.items, self.tokenizer, self.packed = [], tokenizer, packed
+        self.items, self.tokenizer, self.letters, self.packed = [], tokenizer, letters, packed
         for folder in folders:
             entries = [json.loads(line) for line in (folder / "manifest.jsonl").open(encoding="utf-8")]
             features = self.load_features(folder, entries, extractor)
@@ -187,12 +187,20 @@ class Clips(torch.utils.data.Dataset):
             if len(both_labels) <= LONGEST_TEXT:
                 features = np.concatenate([features[:, :frames], second[:, : features.shape[1] - frames]], axis=1)
                 text, labels = both, both_labels
-        letters = [LETTERS.index(letter) for letter in text.lower().replace("ς", "σ") if letter in LETTERS]
+        letters = [self.letters.index(letter) for letter in text.lower().replace("ς", "σ") if letter in self.letters]
         return {
             "input_features": torch.from_numpy(features.astype(np.float32)),
             "labels": torch.tensor(labels),
             "letters": torch.tensor(letters, dtype=torch.long),
         }
+
+
+def letters_of(folders: list[Path]) -> str:
+    """What CTC spells: the letters of all transcripts, since neither spaces nor punctuation can be heard."""
+    texts = [
+        json.loads(line)["text"] for folder in folders for line in (folder / "manifest.jsonl").open(encoding="utf-8")
+    ]
+    return "".join(sorted({letter for text in texts for letter in text.lower().replace("ς", "σ") if letter.isalpha()}))
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -210,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder of the vocabulary of a new Whisper")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", help="folder or Hub id of a Whisper to train further instead of a new one")
-    parser.add_argument("--language", default="el", help="of the speech")
+    parser.add_argument("--language", default="el", help="of the speech; needs --init where it is not Greek")
     parser.add_argument("--steps", type=int, default=15000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -220,15 +228,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give --tokenizer for a new Whisper, or --init to train one further")
 
     torch.manual_seed(0)
+    letters = letters_of(args.train)
     if args.init is None:
         tokenizer = WhisperTokenizer.from_pretrained(args.tokenizer)
         extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW, hop_length=HOP)
-        model = WhisperWithCTC(build_config(tokenizer))
+        model = WhisperWithCTC(build_config(tokenizer), letters)
         model.generation_config = build_generation_config(model.config, tokenizer)
     else:
         tokenizer = WhisperTokenizer.from_pretrained(args.init, language=args.language, task="transcribe")
         extractor = WhisperFeatureExtractor.from_pretrained(args.init)
-        model = WhisperWithCTC.from_pretrained(args.init, dtype=torch.float32)  # the CTC head starts anew
+        model = WhisperWithCTC.from_pretrained(args.init, letters, dtype=torch.float32)  # the CTC head starts anew
+        token = f"<|{args.language}|>"
+        model.generation_config.lang_to_id[token] = tokenizer.convert_tokens_to_ids(token)
+        model.generation_config.language = args.language
 
     def word_error_rate(prediction) -> dict[str, float]:
         texts = []
@@ -261,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
             report_to="none",
             remove_unused_columns=False,
         ),
-        train_dataset=Clips(args.train, extractor, tokenizer, packed=PACKED_SHARE),
-        eval_dataset=Clips([args.validation], extractor, tokenizer),
+        train_dataset=Clips(args.train, extractor, tokenizer, letters, packed=PACKED_SHARE),
+        eval_dataset=Clips([args.validation], extractor, tokenizer, letters),
         data_collator=collate,
         compute_metrics=word_error_rate,
     )
