@@ -3,9 +3,9 @@
     python -m tools.check_real                        # whisper-small, EuroLLM-1.7B, half an hour of Fleurs Greek
     python -m tools.check_real --out runs/check --minutes 60
 
-Needs the internet (about 5 GB from the Hub). It trains the fusion (first to spell the hypothesis, then to write the
-reference), the same Whisper on the same audio and the same LLM as a corrector of text; scores the five rows on Fleurs'
-test set; and leaves `results/` in --out, with the machine's description, to be sent back. Started again, it goes on.
+Needs the internet (about 5 GB from the Hub). It trains the fusion, the same Whisper on the same audio and the same LLM as a
+corrector of text; scores the five rows on Fleurs' test set; and leaves `results/` in --out, with the machine's
+description, to be sent back. Started again, it goes on.
 """
 
 import argparse
@@ -74,8 +74,7 @@ def run(out: Path, overrides: list[str], whisper: list[str]) -> None:
         f"data.validation.path={out / 'data/validation/manifest.jsonl'}",
         f"prepared={out / 'prepared'}",
     ]
-    fuse("spell", "data.target=hypothesis")
-    fuse("fusion", f"model={{init_from: {out / 'spell'}}}")
+    fuse("fusion")
     fuse("correction", "data.task=correction", "data.fusion_modes=[full]")
     speech = read_recipe(RECIPE, common).model["speech"]
     if not (out / "whisper" / "config.json").exists():

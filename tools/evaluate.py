@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from metrics.greek_wer.greek_wer import bootstrap, character_error_rate, paired_bootstrap, word_error_rate
-from training.trainer import correct
+from training.trainer import correction_prompts
 from voxkrikri import VoxKrikriForConditionalGeneration, VoxKrikriProcessor
 from voxkrikri.generation_voxkrikri import VoxKrikriAudio
 from voxkrikri.processing_voxkrikri import load_audio
@@ -53,15 +53,20 @@ class Transcriber:
     def hypotheses(self) -> list[str]:
         return [self.processor.decode_hypothesis(ids) for batch in self.batches for ids in batch.hypothesis_ids]
 
-    def transcribe(self, name: str, shift: int = 0, **options) -> list[str]:
-        """The fused texts; with `shift`, from the states that another clip of the batch gave."""
-        texts = []
+    def transcribe(
+        self, name: str, shift: int = 0, corrector: VoxKrikriForConditionalGeneration | None = None, **options
+    ) -> list[str]:
+        """The fused texts; with `shift`, from the states that another clip of the batch gave; a corrector's from none."""
+        texts, model = [], corrector or self.model
         for batch in tqdm(self.batches, desc=name, unit="batch"):
             heard = VoxKrikriAudio(**{key: value.roll(shift, dims=0) for key, value in batch.items()})
             hypotheses = [self.processor.decode_hypothesis(ids) for ids in heard.hypothesis_ids]
-            counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses), device=self.model.device)
-            draft = self.processor.draft(hypotheses)
-            ids = self.model.generate(**heard, **draft, hypothesis_token_counts=counts, **options)
+            counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses), device=model.device)
+            inputs = self.processor.draft(hypotheses)
+            if corrector is not None:
+                heard["audio_states"] = torch.zeros_like(heard.audio_states)
+                inputs |= self.processor(prompt=correction_prompts(hypotheses)).to(model.device)
+            ids = model.generate(**heard, **inputs, hypothesis_token_counts=counts, **options)
             texts += self.processor.batch_decode(ids)
         return texts
 
@@ -105,10 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = whisper_texts(args.speech, clips, args.batch_size, args.language)
         rows.append(Row("2 Whisper, trained further", texts))
     if args.corrector:
-        model, processor = load(args.corrector)
-        batches = tqdm(range(0, len(clips), args.batch_size), desc="correction", unit="batch")
-        texts = [correct(model, processor, rows[0].texts[start : start + args.batch_size]) for start in batches]
-        rows.append(Row("3 text-only correction", sum(texts, [])))
+        texts = fused.transcribe("correction", corrector=load(args.corrector)[0], fusion_mode="full")
+        rows.append(Row("3 text-only correction", texts))
     rows += [
         Row("4 VoxKrikri, full", fused.transcribe("full", fusion_mode="full")),
         Row(f"5 VoxKrikri, causal, k = {lookahead}", fused.transcribe("causal", fusion_mode="causal")),

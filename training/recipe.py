@@ -56,7 +56,7 @@ class Source:
 class Data:
     train: list[Source]
     validation: list[Source]
-    task: str = "fusion"  # or "correction": the hypothesis is the prompt and no states are heard, for comparison
+    task: str = "fusion"  # or "correction": the hypothesis is the prompt and the states are zeros, for comparison
     target: str = "reference"  # or "hypothesis": a first stage that learns to spell out what the states say
     language: str | None = None
     hypothesis_temperature: float = 0.0  # above 0 hypotheses are sampled: more errors to learn from, and other ones

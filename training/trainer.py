@@ -1,6 +1,5 @@
 """What is learnt from a clip, and transformers' Trainer around it."""
 
-import copy
 import random
 import signal
 from collections.abc import Iterator
@@ -25,17 +24,8 @@ TRAINED_WEIGHTS = "trained.safetensors"
 
 
 def correction_prompts(hypotheses: list[str]) -> list[str]:
-    """What the LLM reads where it corrects text alone."""
+    """What the LLM reads where it corrects text alone; the states are zeros then, whose keys and values add nothing."""
     return [f"{hypothesis}\n" for hypothesis in hypotheses]
-
-
-@torch.no_grad()
-def correct(model, processor: VoxKrikriProcessor, hypotheses: list[str], **kwargs) -> list[str]:
-    """Text-only correction: the LLM writes after the hypothesis and hears nothing."""
-    inputs = processor(prompt=correction_prompts(hypotheses)).to(model.device)
-    config = copy.deepcopy(model.generation_config)
-    ids = model.language_model.generate(**inputs, generation_config=config, **kwargs)
-    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
 
 
 def reference_prefix(reference: str, hypothesis: str, words: int) -> str:
@@ -92,9 +82,9 @@ class Collator:
             hypothesis if self.data.target == "hypothesis" and not text_alone else item["text"]
             for item, hypothesis, text_alone in zip(items, hypotheses, alone, strict=True)
         ]
-        if self.data.task == "correction":
-            return dict(self.processor(text=targets, prompt=correction_prompts(hypotheses)))
-        batch = dict(self.processor(text=targets, prompt=[item["prompt"] for item in items]))
+        correction = self.data.task == "correction"
+        prompts = correction_prompts(hypotheses) if correction else [item["prompt"] for item in items]
+        batch = dict(self.processor(text=targets, prompt=prompts))
         for item, labels in zip(items, batch["labels"], strict=True):
             if item.get("cut"):
                 labels[(labels >= 0).nonzero()[-1]] = -100  # the end is not there yet
@@ -110,7 +100,8 @@ class Collator:
         counts = torch.tensor(self.processor.hypothesis_token_counts(hypotheses))
         jitter = torch.tensor([1 + rng.uniform(-1, 1) * self.data.ratio_jitter for _ in items])
         batch["hypothesis_token_counts"] = (counts * jitter).round().long().clamp(min=1)
-        batch["audio_states"] = pad_sequence([item["audio_states"] for item in items], batch_first=True)
+        states = [item["audio_states"] * (not correction) for item in items]
+        batch["audio_states"] = pad_sequence(states, batch_first=True)
         batch["state_lengths"] = torch.tensor([len(item["audio_states"]) for item in items])
         batch["hypothesis_ids"] = pad_sequence(
             [item["hypothesis_ids"] for item in items], batch_first=True, padding_value=end
@@ -235,18 +226,15 @@ class FusionTrainer(Trainer):
         model = self.model.eval()
         for start in range(0, len(clips), self.args.per_device_eval_batch_size):
             stop = min(start + self.args.per_device_eval_batch_size, len(clips))
-            if self.recipe.data.task == "correction":
-                with self.compute_loss_context_manager():
-                    hypotheses = [clip["hypothesis"] for clip in clips.clips[start:stop]]
-                    texts = correct(model, self.processor, hypotheses)
-                yield from texts
-                continue
+            hypotheses = [clip["hypothesis"] for clip in clips.clips[start:stop]]
+            correction = self.recipe.data.task == "correction"
+            prompts = correction_prompts(hypotheses) if correction else [clips.prompt] * (stop - start)
             batch = self.data_collator([clips[index] for index in range(start, stop)])
             names = ("audio_states", "state_lengths", "hypothesis_ids", "hypothesis_token_counts")
             audio = {name: batch[name].to(model.device) for name in names}
             longest = 2 * int(batch["hypothesis_token_counts"].max()) + 16  # an untrained model may never stop
-            audio |= self.processor(prompt=[clips.prompt] * (stop - start)).to(model.device)
-            draft = self.processor.draft([clip["hypothesis"] for clip in clips.clips[start:stop]])
+            audio |= self.processor(prompt=prompts).to(model.device)
+            draft = self.processor.draft(hypotheses)
             with self.compute_loss_context_manager():
                 ids = model.generate(fusion_mode=fusion_mode, max_new_tokens=longest, **audio, **draft)
             yield from self.processor.batch_decode(ids)

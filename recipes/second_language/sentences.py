@@ -1,4 +1,4 @@
-"""Writes Italian sentences of everyday life by a small grammar: train.txt, validation.txt and test.txt, disjoint.
+"""Writes Italian sentences of everyday life by a small grammar: whisper.txt, train.txt, validation.txt, test.txt, disjoint.
 
     python -m recipes.second_language.sentences --out data/italian
 
@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 
+SENTENCES = {"validation": 100, "test": 300, "whisper": 1000, "train": 1500}
 PEOPLE = """mia sorella; il medico; la maestra; nostro zio; il postino; la nonna; il giornalista; un vecchio pescatore;
 la vicina; il sindaco; una ragazza di Napoli; il nuovo direttore; la cantante; un turista tedesco; il figlio del fornaio;
 la signora Bianchi; un amico di Marco; l'avvocato; la zia Lucia; il cameriere"""
@@ -64,16 +65,14 @@ def sentence(rng: random.Random) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the three files")
-    parser.add_argument("--train", type=int, default=2000, help="sentences of train.txt")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the four files")
     args = parser.parse_args(argv)
 
-    rng, counts = random.Random(0), {"validation": 100, "test": 300, "train": args.train}
-    sentences = dict.fromkeys(sentence(rng) for _ in range(2 * sum(counts.values())))
-    remaining = iter(sentences)
+    rng = random.Random(0)
+    sentences = iter(dict.fromkeys(sentence(rng) for _ in range(2 * sum(SENTENCES.values()))))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, count in counts.items():
-        lines = [next(remaining) for _ in range(count)]
+    for name, count in SENTENCES.items():
+        lines = [next(sentences) for _ in range(count)]
         (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
