@@ -1,9 +1,9 @@
-"""Writes Italian sentences of everyday life by a small grammar: whisper.txt, train.txt, validation.txt, test.txt, disjoint.
+"""Writes Italian sentences by a small grammar, 200 words in some million sentences: what docs/finetuning.md reads aloud.
 
     python -m recipes.second_language.sentences --out data/italian
 
-They stand for the transcripts that somebody with another language has. About 200 words in some million sentences, so the
-test has new sentences of known words.
+* whisper.txt, train.txt, validation.txt and test.txt: everyday life, no sentence twice.
+* trains.txt and trains_test.txt: announcements of trains, a domain that the others do not touch.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import random
 from pathlib import Path
 
 
-SENTENCES = {"validation": 100, "test": 300, "whisper": 1000, "train": 1500}
+EVERYDAY = {"validation": 100, "test": 300, "whisper": 1000, "train": 1500}
+TRAINS = {"trains_test": 150, "trains": 1000}
 PEOPLE = """mia sorella; il medico; la maestra; nostro zio; il postino; la nonna; il giornalista; un vecchio pescatore;
 la vicina; il sindaco; una ragazza di Napoli; il nuovo direttore; la cantante; un turista tedesco; il figlio del fornaio;
 la signora Bianchi; un amico di Marco; l'avvocato; la zia Lucia; il cameriere"""
@@ -36,7 +37,8 @@ una volta al mese; per la prima volta; senza fretta"""
 CITIES = "Roma; Milano; Torino; Bologna; Firenze; Venezia; Palermo; Genova; Verona; Bari; Trieste; Siena"
 HOURS = "cinque; sei; otto; nove; dieci; undici"
 MINUTES = "; e dieci; e un quarto; e venti; e mezza; meno un quarto"
-PLATFORMS = "uno; due; tre; quattro; dodici; quindici"
+KINDS = "treno; treno regionale; treno veloce; treno notturno; treno straordinario"
+NUMBERS = "due; tre; quattro; dodici; quindici; venti; trenta; quaranta"
 WEATHER = """piove; nevica; c'è il sole; fa molto freddo; il cielo è coperto; soffia un vento forte; il mare è calmo;
 la temperatura scende; arriva la nebbia"""
 DAYS = "domani; giovedì; sabato; nel pomeriggio; questa notte; fino a domenica"
@@ -47,33 +49,42 @@ def draw(rng: random.Random, words: str) -> str:
     return " ".join(rng.choice(words.split(";")).split())
 
 
-def sentence(rng: random.Random) -> str:
+def hour(rng: random.Random) -> str:
+    return f"{draw(rng, HOURS)} {draw(rng, MINUTES)}".strip()
+
+
+def everyday(rng: random.Random) -> str:
     kind = rng.random()
-    hour = f"{draw(rng, HOURS)} {draw(rng, MINUTES)}".strip()
-    if kind < 0.6:
+    if kind < 0.7:
         verbs, objects = rng.choice(ACTS)
         text = f"{draw(rng, PEOPLE)} {draw(rng, verbs)} {draw(rng, objects)} {draw(rng, PLACES)}"
         text += f" {draw(rng, TIMES)}." if rng.random() < 0.6 else "."
-    elif kind < 0.75:
-        text = f"il treno per {draw(rng, CITIES)} parte alle {hour} dal binario {draw(rng, PLATFORMS)}."
-    elif kind < 0.9:
+    elif kind < 0.85:
         text = f"{draw(rng, DAYS)} a {draw(rng, CITIES)} {draw(rng, WEATHER)}, poi {draw(rng, WEATHER)}."
     else:
-        text = f"scusi, {draw(rng, SHOPS)} di {draw(rng, CITIES)} apre alle {hour}?"
+        text = f"scusi, {draw(rng, SHOPS)} di {draw(rng, CITIES)} apre alle {hour(rng)}?"
     return text[0].upper() + text[1:]
+
+
+def train(rng: random.Random) -> str:
+    text = f"Il {draw(rng, KINDS)} per {draw(rng, CITIES)} delle {hour(rng)}"
+    if rng.random() < 0.5:
+        return f"{text} parte dal binario {draw(rng, NUMBERS)}."
+    return f"{text} viaggia con {draw(rng, NUMBERS)} minuti di ritardo."
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the four files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     args = parser.parse_args(argv)
 
-    rng = random.Random(0)
-    sentences = iter(dict.fromkeys(sentence(rng) for _ in range(2 * sum(SENTENCES.values()))))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, count in SENTENCES.items():
-        lines = [next(sentences) for _ in range(count)]
-        (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for files, sentence in ((EVERYDAY, everyday), (TRAINS, train)):
+        rng = random.Random(0)
+        sentences = iter(dict.fromkeys(sentence(rng) for _ in range(2 * sum(files.values()))))
+        for name, count in files.items():
+            lines = [next(sentences) for _ in range(count)]
+            (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
