@@ -23,6 +23,10 @@ from transformers.utils import ModelOutput
 from .alignment_voxkrikri import TextFollower, spell
 
 
+LONGEST_OFFER = 64  # draft tokens of a clip in one pass
+ROWS_A_PASS_ON_CPU, ROWS_A_PASS = 32, 512  # an accelerator reads its weights once for many rows
+
+
 @dataclass
 class GreedyOutput(ModelOutput):
     """What `greedy_search` returns.
@@ -47,33 +51,31 @@ class Draft:
     * the LLM's token stands a little further on: what lies between was left out;
     * else the LLM writes another word here: the draft is offered again from its next word on.
 
-    A draft that is wrong again and again is offered less.
+    Every token of the LLM tells whether the draft was right there, offered or not: how often lately is the chance that it
+    will be, by which `offered_width` decides.
     """
 
-    LONGEST, SHORTEST = 64, 12  # tokens offered in one pass
-    ROWS_ON_CPU, ROWS = 32, 512  # of all clips in one pass; an accelerator reads its weights once for all of them
     REACH = 8  # tokens ahead in which a token of the LLM is looked for
-    PATIENCE, REST = 4, 6  # passes without any agreement, then passes without an offer
+    RIGHT, WRONG = 4.9, 0.1  # tokens already counted before the first one
+    MEMORY = 0.9  # what a token counts, once for every later one
 
     def __init__(self, ids: list[int], word_starts: list[bool]):
         self.ids, self.word_starts = ids, word_starts
         self.reached = self.next = 0  # what the text has covered, and what is offered next
-        self.size, self.misses, self.rested = self.LONGEST, 0, 0
+        self.right, self.wrong = self.RIGHT, self.WRONG
 
-    def offer(self) -> list[int]:
-        if self.misses >= self.PATIENCE and self.rested < self.REST:
-            self.rested += 1
-            return []
-        return self.ids[self.next : self.next + self.size]
+    @property
+    def chance(self) -> float:
+        return min(self.right / (self.right + self.wrong), 0.999)
 
-    def learn(self, offered: int, accepted: int) -> None:
-        """Takes note of how many of the offered tokens were right."""
-        if offered:
-            self.misses, self.rested = 0 if accepted else self.misses + 1, 0
-            self.size = min(self.LONGEST, max(self.SHORTEST, 4 * accepted))
+    def offer(self, width: int) -> list[int]:
+        return self.ids[self.next : self.next + width]
 
     def follow(self, token: int) -> None:
         """The text goes on with `token`."""
+        if self.next < len(self.ids):
+            right = self.ids[self.next] == token
+            self.right, self.wrong = self.MEMORY * self.right + right, self.MEMORY * self.wrong + (not right)
         ahead = self.ids[self.reached : self.reached + self.REACH]
         if self.next < len(self.ids) and self.ids[self.next] == token:
             self.reached = self.next = self.next + 1
@@ -114,6 +116,22 @@ class Clip:
             "text_reached": [0] * before + self.reached + [follower.read(spell(pieces[token])) for token in offer],
             "state_waits": [0] * before + self.waits + [self.waits[-1]] * len(offer),
         }
+
+
+def offered_width(clips: list[Clip], longest: list[int], rows_a_pass: int) -> int:
+    """How many draft tokens of every clip one pass verifies: most text for its cost, 1 + rows / `rows_a_pass`.
+
+    A draft that is right with chance p gives p + p^2 + ... + p^w tokens. Where rows are dear (a batch on a CPU) or drafts
+    are poor, few are offered or none, and decoding takes no longer than without.
+
+    Args:
+        longest: tokens that every clip's draft still has room for.
+        rows_a_pass: rows whose computing costs as much as the pass itself, such as reading the weights.
+    """
+    chances = np.array([clip.draft.chance for clip in clips])[:, None]
+    widths = np.arange(min(max(longest), LONGEST_OFFER) + 1)
+    likely = chances * (1 - chances ** np.minimum(widths, np.array(longest)[:, None])) / (1 - chances)
+    return int(np.argmax((len(clips) + likely.sum(0)) / (1 + len(clips) * (1 + widths) / rows_a_pass)))
 
 
 PADDING = {"input_ids": 0, "attention_mask": 0, "text_positions": -1, "text_reached": 0, "state_waits": 0}
@@ -168,12 +186,10 @@ def greedy_search(
     cached_mask = torch.zeros(len(clips), 0, dtype=torch.long, device=device)
     passes = 0
     while not all(clip.finished for clip in clips):
-        offers = []
-        rows = Draft.ROWS_ON_CPU if device.type == "cpu" else Draft.ROWS
-        share = max(2, rows // sum(not clip.finished for clip in clips))
-        for clip in clips:
-            room = max(0, min(share, most - len(clip.tokens) - 1))
-            offers.append([] if clip.finished else clip.draft.offer()[:room])
+        room = [0 if clip.finished else most - len(clip.tokens) - 1 for clip in clips]
+        longest = [min(len(clip.draft.offer(LONGEST_OFFER)), left) for clip, left in zip(clips, room, strict=True)]
+        offered = offered_width(clips, longest, ROWS_A_PASS_ON_CPU if device.type == "cpu" else ROWS_A_PASS)
+        offers = [clip.draft.offer(min(offered, left)) for clip, left in zip(clips, longest, strict=True)]
         columns = [clip.columns(offer, pieces) for clip, offer in zip(clips, offers, strict=True)]
         if cached_mask.shape[1]:  # all but the last token of the text is in the cache
             columns = [
@@ -240,7 +256,6 @@ def greedy_search(
                 if column == len(offer) or offer[column] != token:
                     break
                 right += 1
-            clip.draft.learn(len(offer), right)
             clip.drafted += len(offer)
             clip.accepted += right
 

@@ -1,9 +1,9 @@
 """What a draft saves: passes of the LLM and seconds, over how wrong the draft is.
 
-    python -m benchmarks.decoding data/test/manifest.jsonl --clips 64 --out docs/results
+    python -m benchmarks.decoding data/test/manifest.jsonl --clips 32 --out docs/results
 
-* Drafts are plain greedy's own texts with a share of their words replaced, left out or doubled up, the hypothesis
-  itself, and another clip's text. Every drafted text must equal the plain one, token by token.
+* Drafts are the tokens of plain greedy decoding with a share of their words replaced, left out or doubled up, the
+  hypothesis itself, and another clip's text. Every drafted text must equal the plain one, token by token.
 * Seconds are of the LLM alone (Whisper listened before), median of `--repeats` after one run to warm up, plain and
   drafted decoding in turn; the spread is printed beside it.
 * Writes decoding.md, decoding.json and decoding.png into --out.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tools.evaluate import load
@@ -29,14 +30,27 @@ from voxkrikri.processing_voxkrikri import load_audio
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4)
 
 
-def edit_words(text: str, share: float, words: list[str], rng: random.Random) -> str:
-    """`text` with about a share of its words replaced by others, left out, or followed by another."""
+def edit_words(words: list[list[int]], share: float, others: list[list[int]], rng: random.Random) -> list[list[int]]:
+    """`words` with about a share of them replaced by others, left out, or followed by another."""
     edited = []
-    for word in text.split():
+    for word in words:
         kind = rng.choice(["replace", "leave out", "insert"]) if rng.random() < share else "keep"
-        other = rng.choice(words)
+        other = rng.choice(others)
         edited += {"keep": [word], "replace": [other], "leave out": [], "insert": [word, other]}[kind]
-    return " ".join(edited)
+    return edited
+
+
+def draft_of(texts: list[list[list[int]]], end: int) -> dict[str, torch.Tensor]:
+    """The draft of a batch of texts, each a list of words, each a list of tokens."""
+    ids = [torch.tensor([token for word in words for token in word] + [end]) for words in texts]
+    starts = [
+        torch.tensor([place == 0 for word in words for place in range(len(word))] + [True], dtype=torch.bool)
+        for words in texts
+    ]
+    return {
+        "draft_ids": pad_sequence(ids, batch_first=True, padding_value=-1),
+        "draft_word_starts": pad_sequence(starts, batch_first=True),
+    }
 
 
 class Bench:
@@ -44,7 +58,7 @@ class Bench:
 
     def __init__(self, folder: str, clips: list, batch_size: int, mode: str, language: str | None):
         self.model, self.processor = load(folder)
-        self.mode, self.batches, self.texts, self.hypotheses = mode, [], [], []
+        self.mode, self.batches, self.hypotheses = mode, [], []
         for start in tqdm(range(0, len(clips), batch_size), desc="listening", unit="batch"):
             features = self.processor(audio=clips[start : start + batch_size], sampling_rate=16_000).input_features
             heard: VoxKrikriAudio = self.model.listen(features, language)
@@ -53,7 +67,18 @@ class Bench:
             self.batches.append({**heard, "hypothesis_token_counts": counts})
             self.hypotheses.append(hypotheses)
         self.plain = [self.decode(batch) for batch in self.batches]
-        self.texts = [self.processor.batch_decode(output.sequences) for output in self.plain]
+        self.words = [[self.split_words(ids) for ids in output.sequences.tolist()] for output in self.plain]
+
+    def split_words(self, ids: list[int]) -> list[list[int]]:
+        """The tokens of a text, word by word, without its end."""
+        words = []
+        for token in ids:
+            if token in self.model.end_token_ids:
+                break
+            if not words or self.model.text_bytes[token][0] == ord(" "):
+                words.append([])
+            words[-1].append(token)
+        return words
 
     def decode(self, batch: dict, draft: dict | None = None):
         return self.model.generate(**batch, **(draft or {}), fusion_mode=self.mode, return_dict_in_generate=True)
@@ -68,20 +93,19 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    def measure(self, name: str, drafts: list[list[str]], repeats: int) -> dict:
+    def measure(self, name: str, drafts: list[dict], repeats: int) -> dict:
         """Passes and seconds with these drafts beside plain decoding's.
 
         Raises:
             ValueError: if a draft changed a token.
         """
-        prepared = [self.processor.draft(texts) for texts in drafts]
-        outputs = [self.decode(batch, draft) for batch, draft in zip(self.batches, prepared, strict=True)]
+        outputs = [self.decode(batch, draft) for batch, draft in zip(self.batches, drafts, strict=True)]
         for plain, output in zip(self.plain, outputs, strict=True):
             if not torch.equal(plain.sequences, output.sequences):
                 raise ValueError(f"the draft {name!r} changed the text: decoding is not exact")
         ratios, seconds = [], []
         for repeat in range(repeats + 1):
-            plain, drafted = self.seconds(None), self.seconds(prepared)
+            plain, drafted = self.seconds(None), self.seconds(drafts)
             if repeat:
                 ratios.append(plain / drafted)
                 seconds.append(drafted)
@@ -115,22 +139,22 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for batch_size in args.batch_sizes:
         bench = Bench(args.model, clips, batch_size, args.fusion_mode, args.language)
-        words = [word for texts in bench.texts for text in texts for word in text.split()]
+        flat, end = [words for batch in bench.words for words in batch], bench.model.end_token_ids[0]
+        others = [word for words in flat for word in words]
         rng = random.Random(0)
         drafts = {
             f"{share:.0%} of the words wrong": [
-                [edit_words(t, share, words, rng) for t in texts] for texts in bench.texts
+                draft_of([edit_words(words, share, others, rng) for words in batch], end) for batch in bench.words
             ]
             for share in SHARES
         }
-        flat = [text for texts in bench.texts for text in texts]
-        others = flat[1:] + flat[:1]
-        drafts["the hypothesis"] = bench.hypotheses
+        drafts["the hypothesis"] = [bench.processor.draft(texts) for texts in bench.hypotheses]
+        shifted = flat[1:] + flat[:1]
         drafts["another clip's text"] = [
-            others[start : start + batch_size] for start in range(0, len(others), batch_size)
+            draft_of(shifted[start : start + batch_size], end) for start in range(0, len(flat), batch_size)
         ]
-        for name, texts in tqdm(drafts.items(), desc=f"batches of {batch_size}"):
-            results.append({"batch_size": batch_size} | bench.measure(name, texts, args.repeats))
+        for name, batches in tqdm(drafts.items(), desc=f"batches of {batch_size}"):
+            results.append({"batch_size": batch_size} | bench.measure(name, batches, args.repeats))
 
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"machine": f"{machine}, {platform.machine()}", "torch": torch.__version__, "clips": len(clips)}
