@@ -26,6 +26,9 @@ class VoxKrikriConfig(PretrainedConfig):
                 are learned per head.
         copy_hypothesis: a row of the text is also shown the token that the hypothesis goes on with where the text
             stands (text alignment alone), as pointer networks do: copying need not be learnt letter by letter.
+        copy_bias: where text is written, added to the logit of the token that copy_hypothesis shows, in nats. Training
+            reads the reference; writing reads what it wrote itself, where one change leads to the next. `tools/tune.py`
+            finds it on validation clips.
         states_per_token: the constant S/T used where the hypothesis's LLM tokens are not counted, as in a stream.
         lora: keyword arguments of peft.LoraConfig for the LLM, or None for no adapter.
         trained_text_modules: name prefixes inside the LLM, such as "lm_head", that training changes beside LoRA.
@@ -53,6 +56,7 @@ class VoxKrikriConfig(PretrainedConfig):
         alignment_lookahead: int = 0,
         alignment_prior: bool = False,
         copy_hypothesis: bool = False,
+        copy_bias: float = 0.0,
         states_per_token: float = 1.0,
         lora: dict | None = None,
         trained_text_modules: list[str] | None = None,
@@ -113,6 +117,8 @@ class VoxKrikriConfig(PretrainedConfig):
             raise ValueError(f"alignment must be one of {ALIGNMENTS}, got {alignment!r}")
         if copy_hypothesis and alignment != "text":
             raise ValueError(f'copy_hypothesis needs alignment="text", which knows the place, got {alignment!r}')
+        if copy_bias and not copy_hypothesis:
+            raise ValueError(f"copy_bias ({copy_bias}) needs copy_hypothesis, which knows the token")
         if alignment_lookahead < 0:
             raise ValueError(f"alignment_lookahead counts Whisper tokens from 0, got {alignment_lookahead}")
         if states_per_token <= 0:
@@ -124,6 +130,7 @@ class VoxKrikriConfig(PretrainedConfig):
         self.alignment_lookahead = alignment_lookahead
         self.alignment_prior = alignment_prior
         self.copy_hypothesis = copy_hypothesis
+        self.copy_bias = copy_bias
         self.states_per_token = states_per_token
         self.lora = lora
         self.trained_text_modules = trained_text_modules or []

@@ -217,6 +217,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         hypothesis_token_counts: torch.LongTensor | None = None,
         fusion_mode: str | None = None,
         alignment_lookahead: int | None = None,
+        copy_bias: float | None = None,
         language: str | None = None,
         draft_ids: torch.LongTensor | None = None,
         draft_word_starts: torch.BoolTensor | None = None,
@@ -231,7 +232,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             input_ids, attention_mask: `(batch, prompt)`, left-padded; the LLM's start token alone if left out.
             hypothesis_token_counts: `(batch,)`, T: the hypothesis's LLM tokens and its end. Left out, S/T is the
                 checkpoint's constant `states_per_token`.
-            fusion_mode, alignment_lookahead: instead of the configuration's.
+            fusion_mode, alignment_lookahead, copy_bias: instead of the configuration's.
             language: of the speech, for a multilingual Whisper.
             draft_ids, draft_word_starts: what the processor's `draft` makes of the hypotheses. Greedy decoding writes
                 the same tokens with any draft or none, with a good one in fewer passes of the LLM.
@@ -291,6 +292,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             audio_values=values,
             fusion_mode=mode,
             alignment_lookahead=alignment_lookahead,
+            copy_bias=self.config.copy_bias if copy_bias is None else copy_bias,
             return_dict_in_generate=True,
             output_scores=return_dict_in_generate and not greedy,
             **alignment,

@@ -166,7 +166,7 @@ def greedy_search(
         prompt_mask = torch.ones_like(input_ids)
     audio = {name: model_kwargs.pop(name, None) for name in model.ALIGNMENT_INPUTS}
     keep = {name: model_kwargs.pop(name, None) for name in ("audio_keys", "audio_values", "fusion_mode")}
-    lookahead = model_kwargs.pop("alignment_lookahead", None)
+    lookahead, copy_bias = model_kwargs.pop("alignment_lookahead", None), model_kwargs.pop("copy_bias", 0.0)
     end_ids, pieces = set(model.end_token_ids), model.text_bytes.cpu().numpy()
     hypotheses = [b""] * len(input_ids)
     if model.config.alignment == "text" and audio["hypothesis_ids"] is not None:
@@ -215,6 +215,7 @@ def greedy_search(
             use_cache=cache is not None,
             logits_to_keep=width - last,
             alignment_lookahead=lookahead,
+            copy_bias=copy_bias,
             **audio,
             **keep,
         ).logits.float()

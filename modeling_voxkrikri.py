@@ -386,6 +386,7 @@ class VoxKrikriForConditionalGeneration(
         hypothesis_token_counts: torch.LongTensor | None = None,
         fusion_mode: str | None = None,
         alignment_lookahead: int | None = None,
+        copy_bias: float = 0.0,
         loss_chunk_size: int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -404,6 +405,7 @@ class VoxKrikriForConditionalGeneration(
             state_waits: `(batch, rows)`, states that each row sees beyond its alignment (`greedy_search`).
             hypothesis_token_counts: `(batch,)`, T; `states_per_token` stands in for S/T if left out.
             fusion_mode, alignment_lookahead: instead of the configuration's.
+            copy_bias: added to the logits of the tokens that copy_hypothesis shows; `generate` gives the configuration's.
             loss_chunk_size: with labels, the loss alone: logits are made for so many labelled rows at a time, and made
                 again for the gradient. With a large vocabulary they would fill the memory.
         """
@@ -416,6 +418,8 @@ class VoxKrikriForConditionalGeneration(
         mode = self.config.fusion_mode if fusion_mode is None else fusion_mode
         if mode not in FUSION_MODES:
             raise ValueError(f"fusion_mode must be one of {FUSION_MODES}, got {mode!r}")
+        if copy_bias and not self.config.copy_hypothesis:
+            raise ValueError(f"copy_bias ({copy_bias}) needs a model with copy_hypothesis, which knows the token")
         if audio_keys is None and (audio_states is not None or input_features is not None):
             if audio_states is None:
                 audio = self.listen(input_features, language, hypothesis_ids)
@@ -446,9 +450,9 @@ class VoxKrikriForConditionalGeneration(
                 "audio_is_text": text_positions >= 0,
             }
             if self.config.copy_hypothesis:
-                tokens = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
-                embeddings = self.get_input_embeddings()(tokens.clamp(min=0))
-                kwargs["audio_copies"] = embeddings * (tokens >= 0)[..., None]
+                copied = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
+                embeddings = self.get_input_embeddings()(copied.clamp(min=0))
+                kwargs["audio_copies"] = embeddings * (copied >= 0)[..., None]
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         inputs = {
             "input_ids": input_ids,
@@ -464,6 +468,10 @@ class VoxKrikriForConditionalGeneration(
                 loss=self._chunked_loss(hidden_states, labels, loss_chunk_size, num_items_in_batch)
             )
         output = self.language_model(logits_to_keep=logits_to_keep, **inputs)
+        if copy_bias and audio_keys is not None:
+            kept = copied[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+            bias = (copy_bias * (kept >= 0)).to(output.logits.dtype)
+            output.logits.scatter_add_(2, kept.clamp(min=0)[..., None], bias[..., None])
         if labels is not None:
             output.loss = self.loss_function(
                 output.logits,

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from conftest import assemble
+from torch.nn.utils.rnn import pad_sequence
 
 from voxkrikri.alignment_voxkrikri import (
     TextFollower,
@@ -162,6 +163,21 @@ def test_copying_row_by_row_writes_the_hypothesis(tokenizers):
         assert shown[0, :-1].tolist() == ids[1:]
         ids.append(int(shown[0, -1]))
     assert text.decode(ids[1:-1]).strip() == "Η θάλασσα ήταν ήσυχη"
+
+
+@pytest.mark.parametrize("options", [{}, {"fusion_mode": "causal"}, {"num_beams": 2}, {"use_cache": False}])
+def test_a_large_bias_writes_the_hypothesis_and_none_does_not(tokenizers, options):
+    model = assemble(tokenizers, alignment="text", alignment_lookahead=6, copy_hypothesis=True, copy_bias=50.0)
+    texts = ["Η θάλασσα ήταν ήσυχη", "Ναι"]
+    ids = [torch.tensor(tokenizers.speech(text, add_special_tokens=False).input_ids) for text in texts]
+    audio = {
+        "audio_states": torch.randn(2, len(ids[0]) + 1, model.config.speech_config.d_model),
+        "state_lengths": torch.tensor([len(row) + 1 for row in ids]),
+        "hypothesis_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizers.speech.eos_token_id),
+    }
+    written = model.generate(**audio, max_new_tokens=30, **options)
+    assert [text.strip() for text in tokenizers.text.batch_decode(written, skip_special_tokens=True)] == texts
+    assert not torch.equal(model.generate(**audio, max_new_tokens=30, copy_bias=0.0, **options), written)
 
 
 def test_what_a_row_is_shown_of_the_hypothesis_stands_in_the_states_it_sees(tokenizers):

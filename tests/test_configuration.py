@@ -26,6 +26,7 @@ def test_every_argument_survives_json_and_a_folder(tmp_path):
         alignment_lookahead=4,
         alignment_prior=True,
         copy_hypothesis=True,
+        copy_bias=1.5,
         states_per_token=1.25,
         lora={"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
         trained_text_modules=["lm_head"],
@@ -103,6 +104,7 @@ def test_code_is_named_for_every_auto_class():
         pytest.param({"alignment": "words"}, ValueError, "'ratio', 'text'.*'words'", id="alignment"),
         pytest.param({"alignment_lookahead": -1}, ValueError, "from 0, got -1", id="lookahead"),
         pytest.param({"copy_hypothesis": True}, ValueError, "needs alignment=\"text\".*'ratio'", id="copy"),
+        pytest.param({"copy_bias": 1.0}, ValueError, "1.0. needs copy_hypothesis", id="copy-bias"),
         pytest.param({"states_per_token": 0.0}, ValueError, "positive, got 0.0", id="ratio"),
     ],
 )

@@ -38,7 +38,7 @@ def aligned_by(model, alignment: str) -> VoxKrikriForConditionalGeneration:
     model = copy.deepcopy(model)
     model.config.alignment = "ratio" if alignment == "ratio" else "text"
     if alignment == "copy":
-        model.config.copy_hypothesis = True
+        model.config.copy_hypothesis, model.config.copy_bias = True, 1.0
         for fusion in model.fusion:
             hidden = fusion.q_proj.in_features
             fusion.copy_proj = torch.nn.Linear(hidden, hidden, bias=False)

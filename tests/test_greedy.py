@@ -145,10 +145,10 @@ def test_drafts_are_offered_as_far_as_they_pay():
 
     right, wrong = widths(1, 512, list(range(20))), widths(1, 512, [-1] * 20)
     assert right == [60] * 20
-    assert wrong == sorted(wrong, reverse=True) and wrong[0] == 60 and wrong[-1] <= 1
+    assert wrong == sorted(wrong, reverse=True) and wrong[0] == 60 and wrong[-1] <= 2
     few = widths(16, 32, list(range(20)))
     assert all(0 < narrow < wide for narrow, wide in zip(few, right, strict=True))
-    assert widths(16, 32, [-1] * 20)[4:] == [0] * 16
+    assert widths(16, 32, [-1] * 20)[8:] == [0] * 12
     assert offered_width([Clip([], [], Draft([], []), TextFollower(b""))], [0], 512) == 0
 
 
@@ -172,6 +172,7 @@ def test_random_drafts_of_random_models_change_nothing(tokenizers, part):
             injection_layers=rng.choice([[1], [2, 3]]),
             alignment="ratio" if alignment == "ratio" else "text",
             copy_hypothesis=alignment == "copy",
+            copy_bias=rng.uniform(0, 2) if alignment == "copy" else 0.0,
             alignment_prior=rng.random() < 0.5,
             alignment_lookahead=rng.randrange(4),
             fusion_mode=rng.choice(["full", "causal"]),

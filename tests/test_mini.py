@@ -10,6 +10,7 @@ from transformers import pipeline
 
 from metrics.greek_wer.greek_wer import word_error_rate
 from recipes.mini.release import LIMITS, ROOT
+from tools import tune
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.flac"))
@@ -38,6 +39,24 @@ def test_it_transcribes_the_examples(asr, mode):
 def test_a_batch_gives_what_its_clips_give(asr):
     paths = [str(path) for path in EXAMPLES[:4]]
     assert asr(paths, batch_size=4) == [asr(path) for path in paths]
+
+
+def test_its_copy_bias_can_be_tuned_and_is_kept_where_it_is_best(tmp_path, capsys):
+    for path in ROOT.iterdir():
+        if path.suffix in (".safetensors", ".json") or path.name == "speech_tokenizer":
+            (tmp_path / path.name).symlink_to(path)
+    config = (ROOT / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    lines = [json.dumps({"audio": str(path), "text": text}) for path, text in zip(EXAMPLES, REFERENCES, strict=True)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tune.main([str(tmp_path / "manifest.jsonl"), "--model", str(tmp_path), "--biases", "-40", "50"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2].startswith("bias 50:") and printed[2].endswith("kept")
+    assert printed[0].split()[1] == printed[2].split()[2]  # all copied: Whisper's own rate
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == json.loads(config) | {
+        "copy_bias": 50.0
+    }
 
 
 def test_stereo_at_another_rate_is_the_same_speech(asr, tmp_path):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import train
 from recipes.mini import speech_model
-from tools import evaluate
+from tools import evaluate, tune
 from training.recipe import read_recipe
 from voxkrikri.processing_voxkrikri import SAMPLE_RATE, load_audio
 
@@ -74,8 +74,11 @@ def run(out: Path, overrides: list[str], whisper: list[str]) -> None:
         f"data.validation.path={out / 'data/validation/manifest.jsonl'}",
         f"prepared={out / 'prepared'}",
     ]
+    validation = str(out / "data/validation/manifest.jsonl")
     fuse("fusion")
+    tune.main([validation, "--model", str(out / "fusion"), "--batch-size", "8"])
     fuse("correction", "data.task=correction", "data.fusion_modes=[full]")
+    tune.main([validation, "--model", str(out / "correction"), "--corrector", "--batch-size", "8"])
     speech = read_recipe(RECIPE, common).model["speech"]
     if not (out / "whisper" / "config.json").exists():
         folders = ["--train", str(out / "data/train"), "--validation", str(out / "data/validation")]
