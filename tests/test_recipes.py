@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, WhisperForConditionalG
 from recipes.mini import release, speech_model, text_model
 from recipes.mini.speak import NOISES, RATES, ROOMS, TEST_NOISE, TEST_ROOM, VOICES, make_noise, room_response
 from recipes.mini.speak import main as speak
+from recipes.second_language import sentences
 from voxkrikri import VoxKrikriForConditionalGeneration, VoxKrikriProcessor
 
 
@@ -32,6 +33,17 @@ def spoken(texts, tmp_path_factory):
 
 def entries(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").open(encoding="utf-8")]
+
+
+def test_the_sentences_of_the_second_language_are_disjoint_and_their_domains_apart(tmp_path):
+    sentences.main(["--out", str(tmp_path)])
+    files = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}
+    lines = [line for name in files for line in files[name]]
+    assert len(lines) == len(set(lines)) == sum((sentences.EVERYDAY | sentences.TRAINS).values())
+    assert all(line == " ".join(line.split()) and line[0].isupper() and line[-1] in ".?" for line in lines)
+    words = {name: {word.strip(".,?") for line in files[name] for word in line.split()} for name in files}
+    assert words["test"] <= words["train"] and words["trains_test"] <= words["trains"]
+    assert {"treno", "binario", "ritardo"} <= words["trains"] - words["train"] - words["whisper"]
 
 
 def test_groups_share_no_voice_and_no_rate():
