@@ -12,6 +12,7 @@ from pathlib import Path
 
 from metrics.greek_wer.greek_wer import word_error_rate
 from tools.evaluate import Transcriber
+from voxkrikri import VoxKrikriProcessor
 from voxkrikri.processing_voxkrikri import load_audio
 
 
@@ -30,10 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     if not config.get("copy_hypothesis"):
         parser.error(f"{args.model} was trained without copy_hypothesis")
     entries = [json.loads(line) for line in args.manifest.open(encoding="utf-8")]
-    clips = [load_audio(args.manifest.parent / entry["audio"]) for entry in entries]
-    references = [entry["text"] for entry in entries]
+    pairs = [(load_audio(args.manifest.parent / entry["audio"]), entry["text"]) for entry in entries]
+    window = VoxKrikriProcessor.from_pretrained(args.model).feature_extractor.n_samples
+    clips, references = zip(*((audio, text) for audio, text in pairs if len(audio) <= window), strict=True)
+    if len(clips) < len(pairs):
+        print(f"left out: {len(pairs) - len(clips)} clips longer than Whisper's window")
 
-    fused = Transcriber(args.model, clips, args.batch_size, args.language)
+    fused = Transcriber(args.model, list(clips), args.batch_size, args.language)
     corrector = fused.model if args.corrector else None
     rates = {
         bias: word_error_rate(references, fused.transcribe(f"{bias:g}", corrector=corrector, copy_bias=bias))
