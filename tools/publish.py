@@ -44,7 +44,7 @@ asr = pipeline("automatic-speech-recognition", model="{repo}", trust_remote_code
 print(asr("speech.flac", return_hypothesis=True))
 ```
 
-A frozen Whisper listens; the states of its decoder are fused by cross-attention into layer {layers} of a decoder-only
+A frozen Whisper listens; the states of its decoder are fused by cross-attention into {layers} of a decoder-only
 LLM, which writes the text ([arXiv 2509.15667](https://arxiv.org/abs/2509.15667)).
 
 | part | model | licence |
@@ -124,7 +124,7 @@ def stage_model(args: argparse.Namespace, folder: Path) -> None:
         description=args.description,
         duties="\n\n**Built with Llama.**" if on_llama else "",
         repo=args.repo,
-        layers=" and ".join(map(str, config.injection_layers)),
+        layers=f"layer{'s' * (len(config.injection_layers) > 1)} {', '.join(map(str, config.injection_layers))}",
         speech=names[0] or "in this repository",
         text=names[1] or "in this repository",
         speech_licence=licences[0],
