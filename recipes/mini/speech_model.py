@@ -226,6 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.init is None) == (args.tokenizer is None):
         parser.error("give --tokenizer for a new Whisper, or --init to train one further")
+    if args.init is None and args.language != "el":
+        parser.error("a new Whisper is Greek: give --init to train one further in another language")
 
     torch.manual_seed(0)
     letters = letters_of(args.train)
