@@ -10,7 +10,7 @@ import torch
 from conftest import SENTENCES
 from transformers import AutoTokenizer, LlamaForCausalLM, WhisperForConditionalGeneration
 
-from recipes.mini import release, speech_model, text_model
+from recipes.mini import mix, release, speech_model, text_model
 from recipes.mini.speak import NOISES, RATES, ROOMS, TEST_NOISE, TEST_ROOM, VOICES, make_noise, room_response
 from recipes.mini.speak import main as speak
 from recipes.second_language import sentences
@@ -44,6 +44,38 @@ def test_the_sentences_of_the_second_language_are_disjoint_and_their_domains_apa
     words = {name: {word.strip(".,?") for line in files[name] for word in line.split()} for name in files}
     assert words["test"] <= words["train"] and words["trains_test"] <= words["trains"]
     assert {"treno", "binario", "ritardo"} <= words["trains"] - words["train"] - words["whisper"]
+
+
+def test_mixed_sentences_are_new_and_made_of_pairs_of_the_texts(tmp_path):
+    texts, out = tmp_path / "texts.txt", tmp_path / "mixed.txt"
+    lines = [
+        "το παιδί και η μητέρα",
+        "η μητέρα και το σκυλί κοιμούνται",
+        "ένα σκυλί και ένα παιδί και η γάτα",
+        "σελ. 12",
+    ]
+    texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = ["--text", str(texts), "--count", "20", "--max-words", "9", "--out", str(out)]
+    mix.main(command)
+    mixed = out.read_text(encoding="utf-8").splitlines()
+    assert len(mixed) == len(set(mixed)) == 20 and not set(mixed) & set(lines)
+    assert all(2 < len(line.split()) <= 9 for line in mixed)
+
+    def pairs(line: str) -> set[tuple[str, str]]:
+        words = ["", *line.split(), ""]
+        return set(zip(words, words[1:], strict=False))
+
+    assert set().union(*map(pairs, mixed)) <= set().union(*map(pairs, lines[:3]))
+    mix.main(command)
+    assert out.read_text(encoding="utf-8").splitlines() == mixed
+
+
+def test_a_text_that_gives_no_more_new_sentences_is_refused(tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("το παιδί κοιμάται\nη γάτα παίζει εδώ\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        mix.main(["--text", str(texts), "--count", "5", "--out", str(tmp_path / "mixed.txt")])
+    assert not (tmp_path / "mixed.txt").exists()
 
 
 def test_groups_share_no_voice_and_no_rate():

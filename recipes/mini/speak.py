@@ -236,6 +236,12 @@ def make_clip(
     return (audio * rng.uniform(0.1, 0.9) / peak if peak > 0 else audio), entry
 
 
+def greek_sentences(lines: list[str]) -> list[str]:
+    """The sentences of three words or more in running text that are Greek throughout: no numerals, no Latin."""
+    sentences = [sentence.strip() for line in lines for sentence in re.split(r"(?<=[.;!])\s+", line)]
+    return [sentence for sentence in sentences if len(sentence.split()) > 2 and GREEK_SENTENCE.fullmatch(sentence)]
+
+
 def plan_texts(texts: list[str], renderings: int, join: bool, seed: int) -> list[str]:
     """The text of every clip: each sentence `renderings` times, some joined to a second one, some clips empty."""
     rng, plan = np.random.default_rng(seed), []
@@ -290,8 +296,7 @@ def main(argv: list[str] | None = None) -> None:
 
     lines = [line.strip() for line in args.text.read_text(encoding="utf-8").splitlines()]
     if args.sentences:
-        sentences = [sentence for line in lines for sentence in re.split(r"(?<=[.;!])\s+", line)]
-        lines = [line for line in sentences if len(line.split()) > 2 and GREEK_SENTENCE.fullmatch(line)]
+        lines = greek_sentences(lines)
     texts = [line for line in lines if line and len(line.split()) <= args.max_words]
     if not texts:
         parser.error(f"{args.text} holds no line of 1 to {args.max_words} words")
