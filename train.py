@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         claim_output(output, recipe)
     set_seed(args.seed)
     model, processor = load_model(recipe.model)
-    model.eval().to(args.device)
+    model.eval().speech_model.to(args.device)  # the Trainer takes the rest there, whole or in pieces
 
     require_disk(recipe, model.config)
 
@@ -195,8 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Stopped by a signal after step {trainer.state.global_step}: the same command goes on from there")
         return
     metrics = trainer.evaluate()
+    weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        model.save_pretrained(output)
+        model.save_pretrained(output, state_dict=weights)
         processor.save_pretrained(output)
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 

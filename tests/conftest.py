@@ -1,5 +1,6 @@
 """A random tiny VoxKrikri, whole and saved: what every test stands on, made in a second, with no network."""
 
+import json
 import os
 
 
@@ -10,9 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+import yaml
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+import train
 from recipes.mini.speech_model import build_config, build_generation_config
 from recipes.mini.vocabularies import first_pieces, speech_tokenizer, text_tokenizer, train_bpe
 from voxkrikri import VoxKrikriForConditionalGeneration, VoxKrikriProcessor
@@ -123,3 +128,55 @@ def clips() -> list[np.ndarray]:
 @pytest.fixture(scope="session")
 def features(clips, processor) -> torch.Tensor:
     return processor.feature_extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory, tokenizers):
+    """A folder with two backbones, a manifest of twelve clips (one too long for the window), and a recipe."""
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    speech, text = tiny_speech_model(tokenizers.speech), tiny_text_model(tokenizers.text)
+    for part in (speech, tokenizers.speech, WhisperFeatureExtractor(feature_size=80, chunk_length=1)):
+        part.save_pretrained(folder / "speech")
+    for part in (text, tokenizers.text):
+        part.save_pretrained(folder / "text")
+    rng, lines = np.random.default_rng(0), []
+    for index in range(12):
+        seconds = 1.5 if index == 5 else rng.uniform(0.3, 0.9)
+        soundfile.write(folder / f"{index}.flac", 0.3 * rng.standard_normal(int(16_000 * seconds)), 16_000)
+        lines.append(json.dumps({"audio": f"{index}.flac", "text": SENTENCES[index % 4][:18]}, ensure_ascii=False))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = {"path": str(folder / "manifest.jsonl")}
+    recipe = {
+        "model": {
+            "speech": str(folder / "speech"),
+            "text": str(folder / "text"),
+            "alignment": "text",
+            "alignment_prior": True,
+            "lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
+        },
+        "data": {
+            "train": [source],
+            "validation": dict(source),
+            "input_noise": 0.2,
+            "max_characters_per_second": 100,
+        },
+        "prepared": str(folder / "prepared"),
+        "learning_rates": {"fusion": 3.0e-3},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "save_steps": 2,
+            "learning_rate": 1.0e-3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    train.main([str(folder / "recipe.yaml")])
+    return folder
+
+
+def trained_weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model-fusion.safetensors")

@@ -5,20 +5,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
-import soundfile
 import torch
-import yaml
-from conftest import SENTENCES, tiny_speech_model, tiny_text_model
-from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments, WhisperFeatureExtractor
+from conftest import SENTENCES, tiny_text_model, trained_weights
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 import train
 from tools.parameters import paper_config
@@ -33,61 +28,9 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name not in ("sources", "launch"))
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory, tokenizers):
-    """A folder with two backbones, a manifest of twelve clips (one too long for the window), and a recipe."""
-    folder = tmp_path_factory.mktemp("workshop")
-    torch.manual_seed(0)
-    speech, text = tiny_speech_model(tokenizers.speech), tiny_text_model(tokenizers.text)
-    for part in (speech, tokenizers.speech, WhisperFeatureExtractor(feature_size=80, chunk_length=1)):
-        part.save_pretrained(folder / "speech")
-    for part in (text, tokenizers.text):
-        part.save_pretrained(folder / "text")
-    rng, lines = np.random.default_rng(0), []
-    for index in range(12):
-        seconds = 1.5 if index == 5 else rng.uniform(0.3, 0.9)
-        soundfile.write(folder / f"{index}.flac", 0.3 * rng.standard_normal(int(16_000 * seconds)), 16_000)
-        lines.append(json.dumps({"audio": f"{index}.flac", "text": SENTENCES[index % 4][:18]}, ensure_ascii=False))
-    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    source = {"path": str(folder / "manifest.jsonl")}
-    recipe = {
-        "model": {
-            "speech": str(folder / "speech"),
-            "text": str(folder / "text"),
-            "alignment": "text",
-            "alignment_prior": True,
-            "lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
-        },
-        "data": {
-            "train": [source],
-            "validation": dict(source),
-            "input_noise": 0.2,
-            "max_characters_per_second": 100,
-        },
-        "prepared": str(folder / "prepared"),
-        "learning_rates": {"fusion": 3.0e-3},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "save_steps": 2,
-            "learning_rate": 1.0e-3,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    train.main([str(folder / "recipe.yaml")])
-    return folder
-
-
 def prepared(workshop, recipe, model, processor) -> PreparedClips:
     paths = prepare(recipe.data.validation[0], recipe.data, model, processor, workshop / "prepared")
     return PreparedClips(recipe.data.validation[0], paths, recipe.data)
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model-fusion.safetensors")
 
 
 def test_a_run_leaves_a_model_that_loads_and_its_error_rates(workshop):
@@ -111,7 +54,7 @@ def test_a_run_cut_off_and_resumed_is_the_run(workshop, tmp_path):
     shutil.copytree(workshop / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     shutil.copy(workshop / "run" / "recipe.yaml", tmp_path / "run")
     train.main([str(workshop / "recipe.yaml"), f"training.output_dir={tmp_path / 'run'}"])
-    whole, resumed = weights(workshop / "run"), weights(tmp_path / "run")
+    whole, resumed = trained_weights(workshop / "run"), trained_weights(tmp_path / "run")
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
@@ -242,7 +185,7 @@ def test_correction_reads_the_hypothesis_and_hears_nothing(workshop, tmp_path):
 def test_an_earlier_run_can_be_gone_on_from_with_other_settings(workshop):
     model, _ = train.load_model({"init_from": str(workshop / "run"), "alignment_lookahead": 3})
     assert model.config.alignment_lookahead == 3
-    assert torch.equal(model.fusion[0].q_proj.weight, weights(workshop / "run")["fusion.0.q_proj.weight"])
+    assert torch.equal(model.fusion[0].q_proj.weight, trained_weights(workshop / "run")["fusion.0.q_proj.weight"])
     with pytest.raises(ValueError, match="model has no 'lookahead': did you mean 'alignment_lookahead'"):
         train.load_model({"init_from": str(workshop / "run"), "lookahead": 3})
 
@@ -441,8 +384,8 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(workshop, tmp_path, monkeypa
     assert (tmp_path / "run" / "checkpoint-3").is_dir() and not (tmp_path / "run" / "metrics.json").exists()
     train.main(run)
     assert steps == [0, 1, 2, 3]
-    for name, value in weights(tmp_path / "run").items():
-        assert torch.equal(value, weights(workshop / "run")[name]), name
+    for name, value in trained_weights(tmp_path / "run").items():
+        assert torch.equal(value, trained_weights(workshop / "run")[name]), name
 
 
 def test_live_clips_unchanged_give_the_losses_of_prepared_ones(workshop, tmp_path):
@@ -475,114 +418,13 @@ def test_live_clips_change_what_whisper_hears(workshop, changes):
 def test_a_run_in_batches_of_seconds_is_resumed_exactly(workshop, tmp_path):
     overrides = ["data.batch_seconds=3", "data.loss_chunk_size=7", f"training.output_dir={tmp_path / 'run'}"]
     train.main([str(workshop / "recipe.yaml"), *overrides])
-    whole = weights(tmp_path / "run")
+    whole = trained_weights(tmp_path / "run")
     for leftover in (tmp_path / "run").iterdir():
         if leftover.name not in ("checkpoint-2", "recipe.yaml"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     train.main([str(workshop / "recipe.yaml"), *overrides])
-    for name, value in weights(tmp_path / "run").items():
+    for name, value in trained_weights(tmp_path / "run").items():
         assert torch.equal(value, whole[name]), name
-
-
-def test_two_processes_train_as_one(workshop, tmp_path):
-    """The same clips a step, halved: the same losses and weights, and a checkpoint that one process reads."""
-    plain = [
-        "data.fusion_modes=[full]",
-        "data.input_noise=0",
-        "model.lora.lora_dropout=0",
-        "training.logging_steps=1",
-        "training.dataloader_drop_last=true",
-    ]
-
-    def run(name: str, command: list[str], clips: int) -> list[float]:
-        output = tmp_path / name
-        overrides = [*plain, f"training.per_device_train_batch_size={clips}", f"training.output_dir={output}"]
-        subprocess.run(
-            [
-                sys.executable,
-                *command,
-                "train.py",
-                str(workshop / "recipe.yaml"),
-                *overrides,
-                f"prepared={output}-states",
-            ],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-        state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
-        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one, two = run("one", [], 4), run("two", launch, 2)
-    assert len(one) == 4 and one == pytest.approx(two, abs=1e-5)
-    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, value in first.items():
-        assert torch.allclose(value, second[name], atol=1e-5), name
-    model, _ = train.load_model({"init_from": str(tmp_path / "two")})
-    assert torch.equal(model.fusion[0].v_proj.weight, second["fusion.0.v_proj.weight"])
-
-
-SHARDED = """
-import sys
-import torch
-from safetensors.torch import load_file
-from torch.distributed import destroy_process_group
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-import train
-
-def run(sharded):
-    model, processor = train.load_model({"init_from": sys.argv[1]})
-    model.freeze_backbones()
-    model.eval()
-    if sharded:
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model._decoder_layers():
-            fully_shard(layer, mesh=mesh)
-        for fusion in model.fusion:
-            fully_shard(fusion, mesh=mesh)
-            register_fsdp_forward_method(fusion, "project_audio")
-        fully_shard(model, mesh=mesh)
-        assert all(isinstance(value, DTensor) for value in model.parameters())
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    batch = load_file(sys.argv[2])
-    losses = []
-    for _ in range(3):
-        loss = model(**batch, fusion_mode="full").loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, [value.full_tensor() if sharded else value for value in trained]
-
-plain, sharded = run(False), run(True)
-torch.testing.assert_close(plain[0], sharded[0], rtol=1e-5, atol=1e-5)
-for one, two in zip(plain[1], sharded[1], strict=True):
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-assert plain[0][-1] < plain[0][0]
-destroy_process_group()
-"""
-
-
-def test_fully_sharded_it_trains_the_same(workshop, tmp_path):
-    """FSDP2 on a mesh of two CPU processes (accelerate's FSDP on a CPU would silently be DDP)."""
-    recipe = read_recipe(workshop / "recipe.yaml", [])
-    model, processor = train.load_model(recipe.model)
-    clips = prepared(workshop, recipe, model, processor)
-    batch = Collator(processor, recipe.data)([clips[0], clips[1]])
-    tensors = {name: value.contiguous() for name, value in batch.items() if torch.is_tensor(value)}
-    save_file(tensors, tmp_path / "batch.safetensors")
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*launch, str(tmp_path / "sharded.py"), str(workshop / "run"), str(tmp_path / "batch.safetensors")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
 
 
 def test_lora_may_be_added_after_a_first_stage(workshop, tmp_path):
@@ -697,7 +539,7 @@ def test_an_archive_of_text_adapts_the_llm_and_leaves_the_fusion(workshop, archi
         f"training.output_dir={output}",
     ]
     train.main([str(workshop / "recipe.yaml"), *overrides])
-    before, after = weights(workshop / "run"), weights(output)
+    before, after = trained_weights(workshop / "run"), trained_weights(output)
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed and all("lora_" in name for name in changed)
     metrics = json.loads((output / "metrics.json").read_text())

@@ -1,6 +1,7 @@
 """What is learnt from a clip, and transformers' Trainer around it."""
 
 import random
+import re
 import signal
 from collections.abc import Iterator
 from math import ceil, exp
@@ -8,10 +9,14 @@ from pathlib import Path
 
 import jiwer
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
 from metrics.greek_wer.greek_wer import character_error_rate, word_error_rate
 from training.data import PreparedClips, Texts
@@ -181,6 +186,13 @@ class FusionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.processor, self.recipe = processor, recipe
         self.add_callback(SaveOnSignal())
+        whole = self.accelerator.state.fsdp_plugin.ignored_modules if self.is_fsdp_enabled else None
+        for name, module in self.model.named_modules():
+            if whole and re.fullmatch(whole, name) and any(p.requires_grad for p in module.parameters()):
+                raise ValueError(
+                    f"fsdp_ignored_modules ({whole}) leaves {name} whole, which is trained: every process would learn its "
+                    "own. Take it out there; where it is the head, leave data.loss_chunk_size out too"
+                )
 
     def get_train_dataloader(self) -> DataLoader:
         if self.recipe.data.batch_seconds is None:
@@ -270,13 +282,35 @@ class FusionTrainer(Trainer):
         self.log(rates)
         return rates
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.model.trained_state_dict(), folder / TRAINED_WEIGHTS)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained alone. Every process takes part: under FSDP each has a piece of every tensor."""
+        weights = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in self.model.trained_state_dict().items()
+        }
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / TRAINED_WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # transformers would save the whole LLM with them, every time
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS), strict=False)
+        folder = Path(resume_from_checkpoint)
+        if (folder / (OPTIMIZER_NAME if self.is_fsdp_enabled else OPTIMIZER_NAME_BIN)).exists():
+            how = "without" if self.is_fsdp_enabled else "under"
+            raise ValueError(
+                f"{folder} was saved {how} FSDP, and its optimizer goes on only so: launch the run as before"
+            )
+        weights = load_file(folder / TRAINED_WEIGHTS)
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
