@@ -396,7 +396,9 @@ def test_live_clips_unchanged_give_the_losses_of_prepared_ones(workshop, tmp_pat
         output = tmp_path / name
         train.main([str(workshop / "recipe.yaml"), *common, *overrides, f"training.output_dir={output}"])
         state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
-        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+        logged = [entry for entry in state["log_history"] if "loss" in entry]
+        losses.append([entry["loss"] for entry in logged])
+        assert "audio_hours_per_hour" not in logged[0] and logged[1]["audio_hours_per_hour"] > 0
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=2e-3)  # those on disk are bfloat16
 
 

@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import time
 from collections.abc import Iterator
 from math import ceil, exp
 from pathlib import Path
@@ -185,6 +186,9 @@ class FusionTrainer(Trainer):
     def __init__(self, *args, processor: VoxKrikriProcessor, recipe: Recipe, **kwargs):
         super().__init__(*args, **kwargs)
         self.processor, self.recipe = processor, recipe
+        parts = self.train_dataset.datasets
+        self.seconds = [part.dataset.clips[index]["seconds"] for part in parts for index in part.indices]
+        self.logged = None  # when the last loss was logged, and how many epochs were behind it
         self.add_callback(SaveOnSignal())
         whole = self.accelerator.state.fsdp_plugin.ignored_modules if self.is_fsdp_enabled else None
         for name, module in self.model.named_modules():
@@ -197,10 +201,7 @@ class FusionTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.recipe.data.batch_seconds is None:
             return super().get_train_dataloader()
-        seconds = [
-            part.dataset.clips[index]["seconds"] for part in self.train_dataset.datasets for index in part.indices
-        ]
-        batches = BudgetBatches(seconds, self.recipe.data.batch_seconds, self.args.world_size, self.args.seed)
+        batches = BudgetBatches(self.seconds, self.recipe.data.batch_seconds, self.args.world_size, self.args.seed)
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
@@ -233,6 +234,16 @@ class FusionTrainer(Trainer):
             groups, betas=(self.args.adam_beta1, self.args.adam_beta2), weight_decay=self.args.weight_decay
         )
         return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Beside every loss but the first: the hours of speech that an hour of training has taken in since the last."""
+        if "loss" in logs:
+            now = time.perf_counter(), self.state.epoch
+            if self.logged is not None:
+                elapsed, epochs = (new - old for new, old in zip(now, self.logged, strict=True))
+                logs["audio_hours_per_hour"] = round(epochs * sum(self.seconds) / elapsed, 1)
+            self.logged = now
+        super().log(logs, start_time)
 
     def transcribe(self, clips: PreparedClips, fusion_mode: str) -> Iterator[str]:
         model = self.model.eval()
@@ -280,6 +291,7 @@ class FusionTrainer(Trainer):
                 if values:
                     rates[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self.log(rates)
+        self.logged = None  # evaluation is no training
         return rates
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
