@@ -13,7 +13,7 @@ from pathlib import Path
 from metrics.greek_wer.greek_wer import word_error_rate
 from tools.evaluate import Transcriber
 from voxkrikri import VoxKrikriProcessor
-from voxkrikri.processing_voxkrikri import load_audio
+from voxkrikri.processing_voxkrikri import SAMPLE_RATE, load_audio
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     entries = [json.loads(line) for line in args.manifest.open(encoding="utf-8")]
     pairs = [(load_audio(args.manifest.parent / entry["audio"]), entry["text"]) for entry in entries]
     window = VoxKrikriProcessor.from_pretrained(args.model).feature_extractor.n_samples
-    clips, references = zip(*((audio, text) for audio, text in pairs if len(audio) <= window), strict=True)
-    if len(clips) < len(pairs):
-        print(f"left out: {len(pairs) - len(clips)} clips longer than Whisper's window")
+    fitting = [(audio, text) for audio, text in pairs if len(audio) <= window]
+    if not fitting:
+        parser.error(f"{args.manifest} has no clip that fits Whisper's window of {window / SAMPLE_RATE:g} s")
+    if len(fitting) < len(pairs):
+        print(f"left out: {len(pairs) - len(fitting)} clips longer than Whisper's window")
+    clips, references = zip(*fitting, strict=True)
 
     fused = Transcriber(args.model, list(clips), args.batch_size, args.language)
     corrector = fused.model if args.corrector else None
