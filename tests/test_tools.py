@@ -36,6 +36,7 @@ def test_parameters_count_a_tied_head_once(tied):
 
 
 RESULTS = {
+    "data": "interviews",
     "clips": 3,
     "rows": [
         {"row": "1 Whisper", "wer": {"value": 0.4}},
@@ -57,7 +58,8 @@ def test_publish_stages_a_repository_that_loads_and_a_space(tiny, tmp_path, caps
     assert "Nothing was uploaded" in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "out" / "model" / "README.md")
     assert (card.data.license, card.data.language) == ("cc-by-sa-4.0", ["el"])
-    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("wer", 30.0)]
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("interviews", "wer", 30.0)
     assert "| row | WER |" in card.text and "Llama" not in card.text
     page = RepoCard.load(tmp_path / "out" / "space" / "README.md").data
     assert (page.sdk, page.app_file, page.models) == ("gradio", "app.py", ["us/tiny"])

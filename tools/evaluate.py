@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    write_table(args.out, results, len(references))
+    write_table(args.out, args.manifest.parent.name, results, len(references))
     with (args.out / "texts.jsonl").open("w", encoding="utf-8") as file:
         for index, entry in enumerate(entries):
             texts = {row.name: row.texts[index] for row in rows}
@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
             )
 
 
-def write_table(out: Path, results: list[dict], clips: int) -> None:
-    """results.json, results.md and results.png in the folder `out`."""
+def write_table(out: Path, data: str, results: list[dict], clips: int) -> None:
+    """results.json, results.md and results.png in the folder `out`; `data` names what was transcribed."""
 
     def percent(interval: dict) -> str:
         return f"{100 * interval['value']:.1f} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
@@ -156,7 +156,8 @@ def write_table(out: Path, results: list[dict], clips: int) -> None:
         rates = f"{100 * result['raw_wer']:.1f} | {100 * result['cer']:.1f}"
         lines.append(f"| {result['row']} | {percent(result['wer'])} | {reduction} | {rates} |")
     table = "\n".join(lines) + "\n"
-    (out / "results.json").write_text(json.dumps({"clips": clips, "rows": results}, indent=1) + "\n", encoding="utf-8")
+    content = {"data": data, "clips": clips, "rows": results}
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (out / "results.md").write_text(table, encoding="utf-8")
     print(table)
 

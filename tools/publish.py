@@ -58,7 +58,7 @@ def read_results(path: Path) -> tuple[list[EvalResult], str]:
     """Results of tools.evaluate, as the card's model-index and as its table."""
     content = json.loads(path.read_text(encoding="utf-8"))
     fused = [row for row in content["rows"] if row["row"].startswith(("4", "5"))]
-    common = {"task_type": "automatic-speech-recognition", "dataset_type": "test", "dataset_name": path.parent.name}
+    common = {"task_type": "automatic-speech-recognition", "dataset_type": "test", "dataset_name": content["data"]}
     index = [
         EvalResult(
             metric_type="wer", metric_name=f"WER, {row['row'][2:]}", metric_value=100 * row["wer"]["value"], **common
