@@ -297,6 +297,22 @@ def test_clips_that_cannot_serve_are_left_out_and_counted_by_reason(workshop, tm
         PreparedClips(source, paths, recipe.data)
 
 
+def test_in_batches_of_like_length_every_clip_keeps_its_own_states(workshop, tmp_path):
+    recipe = read_recipe(workshop / "recipe.yaml", ["data.listen_batch_size=2", "data.max_unreadable_share=0.3"])
+    model, processor = train.load_model(recipe.model)
+    model.eval()
+    (tmp_path / "notes.flac").write_text("no audio")
+    texts = {"clip_0": {"text": SENTENCES[1]}, "clip_2": {"text": "Ναι."}, "clip_4": {"text": SENTENCES[0]}}
+    source = write_manifest(workshop, tmp_path, 5, clip_3={"audio": str(tmp_path / "notes.flac")}, **texts)
+    paths = prepare(source, recipe.data, model, processor, tmp_path / "prepared")
+    clips = PreparedClips(source, paths, recipe.data)
+    assert [clip["audio"] for clip in clips.clips] == [str(workshop / f"{index}.flac") for index in (0, 1, 2, 4)]
+    for clip, item in zip(clips.clips, (clips[index] for index in range(4)), strict=True):
+        alone = model.listen(processor(audio=clip["audio"]).input_features, recipe.data.language)
+        assert torch.equal(item["hypothesis_ids"], alone.hypothesis_ids[0]) and item["text"] == clip["text"]
+        assert torch.allclose(item["audio_states"], alone.audio_states[0], atol=0.05)  # kept as bfloat16
+
+
 def test_a_manifest_that_grows_is_not_heard_again(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr("training.data.CLIPS_PER_SHARD", 3)
     recipe = read_recipe(workshop / "recipe.yaml", [])

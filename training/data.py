@@ -103,23 +103,27 @@ def key_of(*parts) -> str:
 
 def listen(rows: list[dict], data: Data, model, processor: VoxKrikriProcessor, path: Path) -> None:
     """Writes the shard `path` (.jsonl) and its tensors: what Whisper made of each clip, or why there is nothing."""
-    clips, states, hypotheses = [], [], []
+    clips = []
+    for row in rows:
+        name = row["audio"] if isinstance(row["audio"], str) else row["audio"].get("path")
+        clips.append({"audio": name, "text": row["text"] or "", "seconds": 0.0, "states": 0, "problem": None})
+    # A batch is decoded until its longest text ends, so texts of like length share one.
+    order = sorted(range(len(rows)), key=lambda index: len(clips[index]["text"]))
+    states, hypotheses = {}, {}  # by the row's place
     for start in range(0, len(rows), data.listen_batch_size):
         batch, audio = [], []
-        for row in rows[start : start + data.listen_batch_size]:
-            name = row["audio"] if isinstance(row["audio"], str) else row["audio"].get("path")
-            clip = {"audio": name, "text": row["text"] or "", "seconds": 0.0, "states": 0, "problem": None}
-            clips.append(clip)
+        for index in order[start : start + data.listen_batch_size]:
             try:
-                samples = load_audio(row["audio"])
+                samples = load_audio(rows[index]["audio"])
             except (ValueError, TypeError, FileNotFoundError) as error:
-                clip["problem"] = f"unreadable: {error}"
+                clips[index]["problem"] = f"unreadable: {error}"
                 continue
-            clip["seconds"] = round(len(samples) / SAMPLE_RATE, 3)
+            clips[index]["seconds"] = round(len(samples) / SAMPLE_RATE, 3)
             if len(samples) > processor.feature_extractor.n_samples:
-                clip["problem"] = f"longer than Whisper's window of {processor.feature_extractor.chunk_length} s"
+                window = processor.feature_extractor.chunk_length
+                clips[index]["problem"] = f"longer than Whisper's window of {window} s"
                 continue
-            batch.append(clip)
+            batch.append(index)
             audio.append(samples)
         if not batch:
             continue
@@ -128,12 +132,13 @@ def listen(rows: list[dict], data: Data, model, processor: VoxKrikriProcessor, p
             torch.manual_seed(int(path.stem, 16) % 2**63 + start)  # sampled hypotheses are the same when made again
             heard = model.listen(features, data.language, **data.hypothesis_options)
         lengths = heard.state_lengths.tolist()
-        for clip, clip_states, ids, length in zip(
+        for index, clip_states, ids, length in zip(
             batch, heard.audio_states.to("cpu", torch.bfloat16), heard.hypothesis_ids.cpu(), lengths, strict=True
         ):
-            clip |= {"states": length, "hypothesis": processor.decode_hypothesis(ids[: length - 1])}
-            states.append(clip_states[:length])
-            hypotheses.append(torch.nn.functional.pad(ids[: length - 1], (0, 1), value=-1))
+            clips[index] |= {"states": length, "hypothesis": processor.decode_hypothesis(ids[: length - 1])}
+            states[index] = clip_states[:length]
+            hypotheses[index] = torch.nn.functional.pad(ids[: length - 1], (0, 1), value=-1)
+    states, hypotheses = ([by_place[index] for index in sorted(by_place)] for by_place in (states, hypotheses))
     width = model.config.speech_config.d_model
     tensors = {
         "audio_states": torch.cat(states) if states else torch.zeros(0, width, dtype=torch.bfloat16),
