@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -180,3 +181,10 @@ def workshop(tmp_path_factory, tokenizers):
 
 def trained_weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model-fusion.safetensors")
+
+
+def back_to_checkpoint(run: Path, step: int) -> None:
+    """What a run that was killed after `step` has left: its recipe and that checkpoint."""
+    for leftover in run.iterdir():
+        if leftover.name not in (f"checkpoint-{step}", "recipe.yaml"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

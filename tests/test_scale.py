@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import trained_weights
+from conftest import back_to_checkpoint, trained_weights
 
 import train
 
@@ -102,9 +101,7 @@ def test_a_model_in_pieces_trains_as_a_whole_one_and_is_resumed_exactly(workshop
     for name, value in one[1].items():
         assert torch.allclose(value, weights[name], atol=1e-4), name
 
-    for leftover in output.iterdir():
-        if leftover.name not in ("checkpoint-2", "recipe.yaml"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    back_to_checkpoint(output, 2)
     overrides = [*PLAIN, "training.per_device_train_batch_size=2", f"training.output_dir={output}"]
     with pytest.raises(ValueError, match="saved under FSDP"):
         train.main([str(workshop / "recipe.yaml"), *overrides, f"prepared={output}-states"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import SENTENCES, tiny_text_model, trained_weights
+from conftest import SENTENCES, back_to_checkpoint, tiny_text_model, trained_weights
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -437,9 +437,7 @@ def test_a_run_in_batches_of_seconds_is_resumed_exactly(workshop, tmp_path):
     overrides = ["data.batch_seconds=3", "data.loss_chunk_size=7", f"training.output_dir={tmp_path / 'run'}"]
     train.main([str(workshop / "recipe.yaml"), *overrides])
     whole = trained_weights(tmp_path / "run")
-    for leftover in (tmp_path / "run").iterdir():
-        if leftover.name not in ("checkpoint-2", "recipe.yaml"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    back_to_checkpoint(tmp_path / "run", 2)
     train.main([str(workshop / "recipe.yaml"), *overrides])
     for name, value in trained_weights(tmp_path / "run").items():
         assert torch.equal(value, whole[name]), name
