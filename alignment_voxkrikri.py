@@ -183,10 +183,14 @@ class VoxKrikriAlignmentMixin:
         return aligned_states(text_positions, state_lengths, hypothesis_token_counts, self.config.states_per_token)
 
     @cached_property
+    def text_pieces(self) -> list[bytes]:
+        """What every token of the LLM writes."""
+        return list(map(spell, self.text_bytes.cpu().numpy()))
+
+    @cached_property
     def _vocabulary(self) -> dict[bytes, int]:
         """The LLM's token of every piece of text."""
-        spelt = map(spell, self.text_bytes.cpu().numpy())
-        return {piece: token for token, piece in enumerate(spelt) if piece}
+        return {piece: token for token, piece in enumerate(self.text_pieces) if piece}
 
     def copied_tokens(
         self,

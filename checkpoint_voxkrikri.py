@@ -145,6 +145,7 @@ class VoxKrikriCheckpointMixin:
             "configuration",
             "modeling",
             "alignment",
+            "cache",
             "checkpoint",
             "generation",
             "greedy",

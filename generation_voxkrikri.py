@@ -19,6 +19,9 @@ from transformers.utils import ModelOutput
 from .greedy_voxkrikri import greedy_search
 
 
+CACHING_OPTIONS = ("cache_implementation", "compile_config", "disable_compile")  # transformers' names
+
+
 @dataclass
 class VoxKrikriAudio(ModelOutput):
     """What Whisper makes of a batch of clips.
@@ -175,11 +178,22 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             hypothesis_ids: take these, made earlier, instead of decoding them now.
             kwargs: decoding options of the hypothesis, greedy by default.
         """
+        kwargs |= self._caching_options(**kwargs)
         encoder_outputs = self.speech_model.model.encoder(input_features.to(self.device, self.speech_model.dtype))
         prefix_ids = self.speech_prefix(encoder_outputs, language)
         if hypothesis_ids is None:
             hypothesis_ids = self.generate_hypothesis(encoder_outputs, prefix_ids, **kwargs)
         return self.get_audio_states(encoder_outputs, prefix_ids, hypothesis_ids)
+
+    def _caching_options(self, generation_config: GenerationConfig | None = None, **kwargs) -> dict:
+        """How a call asks for caches, else the generation configuration: Whisper and the LLM are decoded alike."""
+        config = generation_config or self.generation_config
+        options = {name: kwargs.get(name, getattr(config, name, None)) for name in CACHING_OPTIONS}
+        if options["cache_implementation"] not in (None, "dynamic", "static"):
+            raise ValueError(
+                f'cache_implementation must be "dynamic" or "static", got {options["cache_implementation"]!r}'
+            )
+        return options
 
     def text_rows(
         self, input_ids: torch.LongTensor, prompt_length: int, hypothesis_ids: torch.LongTensor | None
@@ -236,7 +250,9 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             language: of the speech, for a multilingual Whisper.
             draft_ids, draft_word_starts: what the processor's `draft` makes of the hypotheses. Greedy decoding writes
                 the same tokens with any draft or none, with a good one in fewer passes of the LLM.
-            kwargs: transformers' generation options (num_beams, do_sample, max_new_tokens, streamer ...).
+            kwargs: transformers' generation options (num_beams, do_sample, max_new_tokens, streamer ...). With
+                cache_implementation="static" shapes stay the same and, on an accelerator, Whisper's steps and the passes
+                of greedy decoding are compiled, the first time that a batch of this size is seen.
 
         Returns:
             `(batch, tokens)` new text tokens, or a VoxKrikriGenerateOutput.
@@ -247,7 +263,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         if (input_features is None) == (audio_states is None):
             raise ValueError("generate needs either input_features or audio_states (with state_lengths), one of them")
         if audio_states is None:
-            audio = self.listen(input_features, language, hypothesis_ids)
+            audio = self.listen(input_features, language, hypothesis_ids, **self._caching_options(**kwargs))
         else:
             if state_lengths is None:
                 state_lengths = torch.full((len(audio_states),), audio_states.shape[1], device=audio_states.device)
@@ -270,6 +286,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             "hypothesis_ids": audio.hypothesis_ids,
             "hypothesis_token_counts": hypothesis_token_counts,
         }
+        caching = self._caching_options(**kwargs)
         config = kwargs.get("generation_config") or self.generation_config
         beams, sampling = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "do_sample"))
         greedy = (beams or 1) == 1 and not sampling
@@ -279,6 +296,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
                 streamer=kwargs.get("streamer"),  # transformers keeps it to itself
                 draft_ids=draft_ids,
                 draft_word_starts=draft_word_starts,
+                static_cache=caching["cache_implementation"] == "static",
             )
         elif mode == "causal":
             processor = NoEndBeforeLastState(self, prompt_length, alignment_lookahead, alignment)
@@ -296,7 +314,9 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             return_dict_in_generate=True,
             output_scores=return_dict_in_generate and not greedy,
             **alignment,
-            **kwargs,
+            **kwargs
+            | caching
+            | {"cache_implementation": None},  # the static cache is ours, and greedy decoding's alone
         )
         sequences = output.sequences[:, prompt_length:]
         if not return_dict_in_generate:

@@ -6,24 +6,29 @@
   this is plain greedy decoding. (Leviathan et al., 2023, with a draft of zero cost; the way back is `Draft`.)
 * In causal mode the end may be written only by a row that sees the last state. A row that wants it earlier is dropped
   and fed again, and it and all later rows see one state more.
-* The clips of a batch accept different numbers of tokens. What was fed and rejected stays in the cache as a hole that
-  the attention mask hides; an LLM with a sliding window would count the holes, so there they are closed.
+* The clips of a batch accept different numbers of tokens: `cache_voxkrikri.py` keeps every token at its own position.
+* Compiled passes (`cache_implementation="static"`) have a few widths, so that nothing is compiled twice.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .alignment_voxkrikri import TextFollower, spell
+from .cache_voxkrikri import SlotCache, attention_by_mask, slot_masks
 
 
-LONGEST_OFFER = 64  # draft tokens of a clip in one pass
+LONGEST_OFFER = 63  # draft tokens of a clip in one pass
+COMPILED_WIDTHS = (1, 4, 16, 64)  # tokens of a clip in a compiled pass: the last of its text, and offers
+MOST_GRAPHS = 64  # compiled passes: one for each of these widths and each size of a batch
 ROWS_A_PASS_ON_CPU, ROWS_A_PASS = 32, 512  # an accelerator reads its weights once for many rows
 
 
@@ -92,7 +97,7 @@ class Clip:
     """One clip of the batch while it is written."""
 
     prompt: list[int]
-    prompt_mask: list[int]
+    prompt_positions: list[int]  # -1 on padding
     draft: Draft
     follower: TextFollower
     tokens: list[int] = field(default_factory=list)
@@ -104,21 +109,22 @@ class Clip:
     drafted: int = 0
     accepted: int = 0
 
-    def columns(self, offer: list[int], pieces: np.ndarray) -> dict[str, list[int]]:
+    def columns(self, offer: list[int], pieces: list[bytes]) -> dict[str, list[int]]:
         """What the LLM is fed for prompt, text and offered draft: row t is the column before token t."""
         text = self.tokens + offer
         before = len(self.prompt) - 1  # columns that predict nothing
+        first = self.prompt_positions[-1] + 1
         follower = self.follower.copy()
         return {
             "input_ids": self.prompt + text,
-            "attention_mask": self.prompt_mask + [1] * len(text),
+            "position_ids": self.prompt_positions + list(range(first, first + len(text))),
             "text_positions": [-1] * before + list(range(len(text) + 1)),
-            "text_reached": [0] * before + self.reached + [follower.read(spell(pieces[token])) for token in offer],
+            "text_reached": [0] * before + self.reached + [follower.read(pieces[token]) for token in offer],
             "state_waits": [0] * before + self.waits + [self.waits[-1]] * len(offer),
         }
 
 
-def offered_width(clips: list[Clip], longest: list[int], rows_a_pass: int) -> int:
+def offered_width(clips: list[Clip], longest: list[int], rows_a_pass: int, widths: Sequence[int] | None = None) -> int:
     """How many draft tokens of every clip one pass verifies: most text for its cost, 1 + rows / `rows_a_pass`.
 
     A draft that is right with chance p gives p + p^2 + ... + p^w tokens. Where rows are dear (a batch on a CPU) or drafts
@@ -127,14 +133,15 @@ def offered_width(clips: list[Clip], longest: list[int], rows_a_pass: int) -> in
     Args:
         longest: tokens that every clip's draft still has room for.
         rows_a_pass: rows whose computing costs as much as the pass itself, such as reading the weights.
+        widths: what to choose from; as many as there is room for if left out.
     """
     chances = np.array([clip.draft.chance for clip in clips])[:, None]
-    widths = np.arange(min(max(longest), LONGEST_OFFER) + 1)
+    widths = np.arange(min(max(longest), LONGEST_OFFER) + 1) if widths is None else np.array(widths)
     likely = chances * (1 - chances ** np.minimum(widths, np.array(longest)[:, None])) / (1 - chances)
-    return int(np.argmax((len(clips) + likely.sum(0)) / (1 + len(clips) * (1 + widths) / rows_a_pass)))
+    return int(widths[np.argmax((len(clips) + likely.sum(0)) / (1 + len(clips) * (1 + widths) / rows_a_pass))])
 
 
-PADDING = {"input_ids": 0, "attention_mask": 0, "text_positions": -1, "text_reached": 0, "state_waits": 0}
+PADDING = {"input_ids": 0, "position_ids": -1, "text_positions": -1, "text_reached": 0, "state_waits": 0}
 
 
 def greedy_search(
@@ -147,6 +154,7 @@ def greedy_search(
     streamer: BaseStreamer | None = None,
     draft_ids: torch.LongTensor | None = None,
     draft_word_starts: torch.BoolTensor | None = None,
+    static_cache: bool = False,
     **model_kwargs,
 ) -> GreedyOutput:
     """transformers' `custom_generate` for VoxKrikri: see above.
@@ -154,6 +162,7 @@ def greedy_search(
     Args:
         draft_ids: `(batch, n)`, the draft and its end, padded with -1.
         draft_word_starts: `(batch, n)`, the draft's tokens that begin a word.
+        static_cache: keep the cache for the next batch of this size and, on an accelerator, compile the passes.
 
     Raises:
         ValueError: for a streamer beside a batch, whose clips do not grow in step.
@@ -167,7 +176,7 @@ def greedy_search(
     audio = {name: model_kwargs.pop(name, None) for name in model.ALIGNMENT_INPUTS}
     keep = {name: model_kwargs.pop(name, None) for name in ("audio_keys", "audio_values", "fusion_mode")}
     lookahead, copy_bias = model_kwargs.pop("alignment_lookahead", None), model_kwargs.pop("copy_bias", 0.0)
-    end_ids, pieces = set(model.end_token_ids), model.text_bytes.cpu().numpy()
+    end_ids, pieces = set(model.end_token_ids), model.text_pieces
     hypotheses = [b""] * len(input_ids)
     if model.config.alignment == "text" and audio["hypothesis_ids"] is not None:
         hypotheses = [spell(rows) for rows in model.speech_bytes[audio["hypothesis_ids"]].cpu().numpy()]
@@ -180,45 +189,64 @@ def greedy_search(
     for row, (prompt, prompt_row) in enumerate(zip(input_ids.tolist(), prompt_mask.tolist(), strict=True)):
         ids = [] if draft_ids is None else [token for token in draft_ids[row].tolist() if token >= 0]
         starts = [True] * len(ids) if draft_word_starts is None else draft_word_starts[row].tolist()
-        clips.append(Clip(prompt, prompt_row, Draft(ids, starts), TextFollower(hypotheses[row])))
+        places = (np.cumsum(prompt_row) * prompt_row - 1).tolist()
+        clips.append(Clip(prompt, places, Draft(ids, starts), TextFollower(hypotheses[row])))
 
-    cache = DynamicCache() if generation_config.use_cache else None  # without sliding layers, which cannot be cropped
-    cached_mask = torch.zeros(len(clips), 0, dtype=torch.long, device=device)
+    cache = compiled = None
+    if generation_config.use_cache:
+        cache = static_cache_of(model, len(clips), stopping_criteria.max_length) if static_cache else SlotCache()
+    if static_cache and model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
+        compile_config = generation_config.compile_config or CompileConfig(fullgraph=True)
+        compiled = model.language_model.get_compiled_call(replace(compile_config, dynamic=False))
+        states = model.config.speech_config.max_target_positions  # as many for all clips
+        for name in ("audio_keys", "audio_values"):
+            keep[name] = nn.functional.pad(keep[name], (0, 0, 0, max(states - keep[name].shape[-2], 0)))
+    text_config, dtype = model.config.text_config, keep["audio_keys"].dtype
+    rows_a_pass = ROWS_A_PASS_ON_CPU if device.type == "cpu" else ROWS_A_PASS
     passes = 0
     while not all(clip.finished for clip in clips):
         room = [0 if clip.finished else most - len(clip.tokens) - 1 for clip in clips]
         longest = [min(len(clip.draft.offer(LONGEST_OFFER)), left) for clip, left in zip(clips, room, strict=True)]
-        offered = offered_width(clips, longest, ROWS_A_PASS_ON_CPU if device.type == "cpu" else ROWS_A_PASS)
+        compiles = compiled is not None and (passes > 0 or prompt_length == 1)  # the block has one width of the few
+        widths = [width - 1 for width in COMPILED_WIDTHS] if compiles else None
+        offered = offered_width(clips, longest, rows_a_pass, widths)
         offers = [clip.draft.offer(min(offered, left)) for clip, left in zip(clips, longest, strict=True)]
         columns = [clip.columns(offer, pieces) for clip, offer in zip(clips, offers, strict=True)]
-        if cached_mask.shape[1]:  # all but the last token of the text is in the cache
+        if cache is not None and passes:  # all but the last token of the text is in the cache
             columns = [
                 {name: values[-1 - len(offer) :] for name, values in column.items()}
                 for column, offer in zip(columns, offers, strict=True)
             ]
         # The last tokens of all texts stand in one column, offers right of it, the rest left of it.
         last = max(len(column["input_ids"]) - len(offer) for column, offer in zip(columns, offers, strict=True)) - 1
-        width = last + 1 + max(map(len, offers))
+        width = last + 1 + (offered if compiles else max(map(len, offers)))
         block = {name: torch.full((len(clips), width), padding) for name, padding in PADDING.items()}
         for row, (column, offer) in enumerate(zip(columns, offers, strict=True)):
             stop = last + 1 + len(offer)
             for name, values in column.items():
                 block[name][row, stop - len(values) : stop] = torch.tensor(values)
+        furthest = int(block["position_ids"].max())
         block = {name: values.to(device) for name, values in block.items()}
-        valid = block.pop("attention_mask")
-        attention_mask = torch.cat([cached_mask, valid], dim=-1)
-        logits = model(
-            **block,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -width:],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=width - last,
-            alignment_lookahead=lookahead,
-            copy_bias=copy_bias,
-            **audio,
-            **keep,
-        ).logits.float()
+        tokens_fed, positions = block.pop("input_ids"), block.pop("position_ids")
+        if cache is None:
+            attention_mask = (positions >= 0).long()
+        else:
+            cache.place(positions, furthest)
+            attention_mask = slot_masks(text_config, positions, cache.length, dtype)
+        fused, copied = model.fusion_inputs(**keep, **block, **audio, alignment_lookahead=lookahead)
+        language_model = compiled if compiles and cache.keys else model.language_model
+        with attention_by_mask(model.language_model), torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS):
+            logits = language_model(
+                input_ids=tokens_fed,
+                attention_mask=attention_mask,
+                position_ids=positions.clamp(min=0),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=width - last,
+                **fused,
+            ).logits.float()
+        if copy_bias:
+            model.trust_copies(logits, copied[:, last:], copy_bias)
         passes += 1
         may_end = torch.ones(logits.shape[:2], dtype=torch.bool)
         if keep["fusion_mode"] == "causal":
@@ -228,11 +256,9 @@ def greedy_search(
         if not logits_processor:
             logprobs, tokens = (values.tolist() for values in logits.log_softmax(-1).max(-1))
 
-        taken = [0] * len(clips)  # columns from the last token on that belong to the text now
         for row, (clip, offer) in enumerate(zip(clips, offers, strict=True)):
-            right = 0
+            column = 0  # from the last token on
             while not clip.finished:
-                column = taken[row]
                 if logits_processor:
                     text = torch.tensor([clip.prompt + clip.tokens], device=device)
                     scores = logits_processor(text, logits[row : row + 1, column]).log_softmax(-1)
@@ -242,11 +268,10 @@ def greedy_search(
                 if token in end_ids and not may_end[row][column]:
                     clip.waits[-1] += 1
                     break
-                taken[row] += 1
                 clip.tokens.append(token)
                 clip.logprobs.append(logprob)
                 clip.waits.append(clip.waits[-1])
-                clip.reached.append(clip.follower.read(spell(pieces[token])))
+                clip.reached.append(clip.follower.read(pieces[token]))
                 clip.draft.follow(token)
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))
@@ -256,20 +281,9 @@ def greedy_search(
                     clip.finished = any(bool(criterion(text, None)) for criterion in further)
                 if column == len(offer) or offer[column] != token:
                     break
-                right += 1
+                column += 1
             clip.drafted += len(offer)
-            clip.accepted += right
-
-        if cache is not None:
-            taken = torch.tensor(taken, device=device)
-            kept = torch.arange(width, device=device) < last + taken[:, None]
-            cached_mask = torch.cat([cached_mask, valid * kept], dim=-1)
-            surplus = width - last - int(taken.max())
-            if surplus:
-                cache.crop(-surplus)
-                cached_mask = cached_mask[:, :-surplus]
-            if getattr(model.config.text_config, "sliding_window", None) is not None:
-                cached_mask = close_holes(cache, cached_mask)
+            clip.accepted += column
     if streamer is not None:
         streamer.end()
 
@@ -285,10 +299,9 @@ def greedy_search(
     )
 
 
-def close_holes(cache: DynamicCache, mask: torch.LongTensor) -> torch.LongTensor:
-    """Moves every row's tokens to the end of the cache, in their order, and returns the mask of that."""
-    order = mask.argsort(dim=-1, stable=True)
-    for layer in cache.layers:
-        index = order[:, None, :, None].expand_as(layer.keys)
-        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-    return mask.gather(1, order)
+def static_cache_of(model, batch: int, longest: int) -> SlotCache:
+    """The model's static cache for `batch` texts of up to `longest` tokens: the last one, where it fits."""
+    key = batch, -(-(longest + 1) // 64) * 64, model.device, model.dtype
+    if getattr(model, "_static_cache", (None,))[0] != key:
+        model._static_cache = key, SlotCache(static_slots=key[1])
+    return model._static_cache[1]

@@ -30,6 +30,7 @@ HUB_FILES = {
         "configuration",
         "modeling",
         "alignment",
+        "cache",
         "checkpoint",
         "generation",
         "greedy",

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assemble, tiny_speech_model, tiny_text_model
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from voxkrikri import VoxKrikriForConditionalGeneration
@@ -303,6 +303,34 @@ def test_hypotheses_of_a_batch_are_those_of_its_clips(model, features):
         assert together.state_lengths[clip] == lengths[-1] + 1
     assert together.hypothesis_ids.shape[1] == max(lengths)
     assert len(set(lengths)) > 1
+
+
+def test_compiled_steps_of_whisper_hear_the_same_and_are_compiled_once(model, features):
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    graphs = []
+    for hear_these in (features, features.flip(0), features * 0.5):
+        plain = model.listen(hear_these)
+        static = model.listen(hear_these, cache_implementation="static", compile_config=config)
+        assert torch.equal(static.hypothesis_ids, plain.hypothesis_ids)
+        torch.testing.assert_close(static.audio_states, plain.audio_states, rtol=1e-4, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[2] == graphs[1] == graphs[0]
+
+
+def test_the_generation_configuration_says_how_both_parts_cache(model, features):
+    model = copy.deepcopy(model)
+    ids = model.generate(features)
+    model.generation_config.cache_implementation = "static"
+    asked, write = [], model.generate_hypothesis
+    model.generate_hypothesis = lambda *args, **options: asked.append(options) or write(*args, **options)
+    assert torch.equal(model.generate(features), ids)
+    assert asked[0]["cache_implementation"] == "static"
+    assert model._static_cache
+    model.generation_config.cache_implementation = "quantized"
+    with pytest.raises(ValueError, match='"dynamic" or "static", got \'quantized\''):
+        model.generate(features)
 
 
 @pytest.mark.parametrize("language", ["el", "greek", "Greek", "EL", None])

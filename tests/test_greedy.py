@@ -1,16 +1,32 @@
 """A draft changes how often the LLM runs and nothing else."""
 
+import copy
 import os
 import random
 
 import pytest
 import torch
 from conftest import assemble, tiny_text_model
-from test_generation import FORMS, PROMPTS, aligned_by, hear, model, prompt_batch, with_end_bias, without_padding  # noqa: F401
-from transformers import LogitsProcessorList, MistralConfig, MistralForCausalLM, RepetitionPenaltyLogitsProcessor
+from test_generation import (
+    FORMS,
+    LENGTHS,
+    PROMPTS,
+    aligned_by,
+    hear,
+    prompt_batch,
+    with_end_bias,
+    without_padding,
+)  # noqa: F401
+from transformers import (
+    CompileConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from voxkrikri.alignment_voxkrikri import TextFollower
-from voxkrikri.greedy_voxkrikri import Clip, Draft, offered_width
+from voxkrikri.greedy_voxkrikri import COMPILED_WIDTHS, Clip, Draft, offered_width
 
 
 def edit(ids: list[int], rng: random.Random, share: float) -> list[int]:
@@ -91,7 +107,7 @@ def test_a_perfect_draft_needs_one_pass_and_a_wrong_word_two_more(model, feature
 
 
 @pytest.mark.parametrize("mode", ["full", "causal"])
-def test_holes_are_closed_for_an_llm_with_a_sliding_window(tokenizers, features, mode):
+def test_a_sliding_window_counts_no_rejected_token(tokenizers, features, mode):
     text = tiny_text_model(tokenizers.text, MistralConfig, MistralForCausalLM, sliding_window=4)
     model = with_end_bias(assemble(tokenizers, text=text), 2.0)  # noqa: F811
     audio, _ = hear(model, features)
@@ -101,6 +117,66 @@ def test_holes_are_closed_for_an_llm_with_a_sliding_window(tokenizers, features,
     for kind in KINDS:
         drafts = drafts_like(texts, kind, model.end_token_ids[0])
         assert torch.equal(model.generate(**audio, **prompt_batch(model), **drafts, **options), plain), kind
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_any_attention_gives_the_same_tokens(model, features, attention):  # noqa: F811
+    audio, _ = hear(model, features)
+    plain = model.generate(**audio, fusion_mode="causal")
+    drafts = drafts_like([without_padding(model, ids) for ids in plain], "edited", model.end_token_ids[0])
+    model = copy.deepcopy(model)
+    model.language_model.set_attn_implementation(attention)
+    assert torch.equal(model.generate(**audio, **drafts, fusion_mode="causal"), plain)
+    assert model.language_model.config._attn_implementation == attention
+
+
+def test_layers_that_cannot_forget_are_refused(model, features):  # noqa: F811
+    model = copy.deepcopy(model)
+    model.config.text_config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="linear_attention.*do_sample"):
+        model.generate(features)
+
+
+def compiled_anywhere() -> dict:
+    """Compiled passes on a CPU too: traced as they are for an accelerator, then run as they stand."""
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@pytest.mark.parametrize(("mode", "alignment"), [("full", "ratio"), ("causal", "copy")])
+@pytest.mark.parametrize("sliding", [False, True], ids=["", "sliding"])
+def test_compiled_passes_write_the_same_and_are_compiled_once(tokenizers, features, mode, alignment, sliding):
+    kind = {"config_class": MistralConfig, "model_class": MistralForCausalLM, "sliding_window": 4} if sliding else {}
+    plain_model = assemble(tokenizers, text=tiny_text_model(tokenizers.text, **kind), alignment_prior=True)
+    model = with_end_bias(aligned_by(plain_model, alignment))  # noqa: F811
+    options = {"fusion_mode": mode, "return_dict_in_generate": True, "max_new_tokens": 24}
+    torch._dynamo.utils.counters.clear()
+    for hear_these, lengths in ((features, LENGTHS), (features.flip(0), (3, 7, 9)), (features * 0.5, (12, 1, 5))):
+        audio, singles = hear(model, hear_these, lengths)
+        plain = model.generate(**audio, **options)
+        texts = [without_padding(model, ids) for ids in plain.sequences]
+        for draft in ("empty", "edited", "the text", "of another"):
+            drafts = drafts_like(texts, draft, model.end_token_ids[0])
+            for batch in (audio, singles[0]):
+                these = {name: value[: len(batch["state_lengths"])] for name, value in drafts.items()}
+                output = model.generate(**batch, **these, **options, **compiled_anywhere())
+                for ids, text in zip(output.sequences, texts, strict=False):
+                    assert without_padding(model, ids) == text
+    assert 2 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(COMPILED_WIDTHS)
+
+
+def test_a_static_cache_without_compiling_and_with_a_prompt(model, features):  # noqa: F811
+    audio, _ = hear(model, features)
+    prompts = prompt_batch(model)
+    for mode in ("full", "causal", "full"):  # what the last texts left in the cache is not seen
+        plain = model.generate(**audio, **prompts, fusion_mode=mode)
+        drafts = drafts_like([without_padding(model, ids) for ids in plain], "edited", model.end_token_ids[0])
+        static = model.generate(**audio, **prompts, **drafts, fusion_mode=mode, cache_implementation="static")
+        assert torch.equal(static, plain)
+        assert torch.equal(
+            model.generate(**audio, **prompts, **drafts, fusion_mode=mode, **compiled_anywhere()), plain
+        )
 
 
 def test_other_processors_of_the_logits_see_the_text_so_far(model, features):  # noqa: F811
