@@ -178,15 +178,15 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             hypothesis_ids: take these, made earlier, instead of decoding them now.
             kwargs: decoding options of the hypothesis, greedy by default.
         """
-        kwargs |= self._caching_options(**kwargs)
+        kwargs |= self.caching_options(**kwargs)
         encoder_outputs = self.speech_model.model.encoder(input_features.to(self.device, self.speech_model.dtype))
         prefix_ids = self.speech_prefix(encoder_outputs, language)
         if hypothesis_ids is None:
             hypothesis_ids = self.generate_hypothesis(encoder_outputs, prefix_ids, **kwargs)
         return self.get_audio_states(encoder_outputs, prefix_ids, hypothesis_ids)
 
-    def _caching_options(self, generation_config: GenerationConfig | None = None, **kwargs) -> dict:
-        """How a call asks for caches, else the generation configuration: Whisper and the LLM are decoded alike."""
+    def caching_options(self, generation_config: GenerationConfig | None = None, **kwargs) -> dict:
+        """What `kwargs` of generate or else the generation configuration say of caches: for Whisper and the LLM alike."""
         config = generation_config or self.generation_config
         options = {name: kwargs.get(name, getattr(config, name, None)) for name in CACHING_OPTIONS}
         if options["cache_implementation"] not in (None, "dynamic", "static"):
@@ -263,7 +263,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         if (input_features is None) == (audio_states is None):
             raise ValueError("generate needs either input_features or audio_states (with state_lengths), one of them")
         if audio_states is None:
-            audio = self.listen(input_features, language, hypothesis_ids, **self._caching_options(**kwargs))
+            audio = self.listen(input_features, language, hypothesis_ids, **self.caching_options(**kwargs))
         else:
             if state_lengths is None:
                 state_lengths = torch.full((len(audio_states),), audio_states.shape[1], device=audio_states.device)
@@ -286,7 +286,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             "hypothesis_ids": audio.hypothesis_ids,
             "hypothesis_token_counts": hypothesis_token_counts,
         }
-        caching = self._caching_options(**kwargs)
+        caching = self.caching_options(**kwargs)
         config = kwargs.get("generation_config") or self.generation_config
         beams, sampling = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "do_sample"))
         greedy = (beams or 1) == 1 and not sampling

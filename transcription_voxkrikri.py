@@ -23,6 +23,7 @@ from .processing_voxkrikri import SAMPLE_RATE, load_audios
 
 
 SILENCE_PEAK = 1e-3  # of full scale: -60 dBFS
+BATCHES_AHEAD = 8  # read before the first is heard
 QUIET_SPAN = SAMPLE_RATE // 5  # samples over which loudness is measured where audio is cut: 0.2 s
 
 
@@ -53,7 +54,7 @@ def transcribe_each(
     prompt: str | None = None,
     **generate_kwargs,
 ) -> Iterator[dict]:
-    """The result of one clip after the other, reading ahead no further than a batch needs.
+    """The result of one clip after the other. Batches are of pieces of like length, out of BATCHES_AHEAD read ahead.
 
     Args:
         clips: in any form that `load_audio` takes, of any length.
@@ -71,6 +72,7 @@ def transcribe_each(
     options = {"language": language, "prompt": prompt, **generate_kwargs}
     unheard: list[Piece] = []
     unfinished: deque[tuple[float, list[Piece]]] = deque()
+    ahead = batch_size if batch_size == 1 else BATCHES_AHEAD * batch_size
     for samples in load_audios(clips, sampling_rate):
         pieces = [
             Piece(samples[start:end], start / SAMPLE_RATE, end / SAMPLE_RATE)
@@ -79,13 +81,13 @@ def transcribe_each(
         ]
         unheard += pieces
         unfinished.append((len(samples) / SAMPLE_RATE, pieces))
-        while len(unheard) >= batch_size:
-            _transcribe_pieces(model, processor, unheard[:batch_size], **options)
-            del unheard[:batch_size]
+        while len(unheard) >= ahead:
+            _transcribe_pieces(model, processor, unheard[:ahead], batch_size, **options)
+            del unheard[:ahead]
         while unfinished and all(piece.text is not None for piece in unfinished[0][1]):
             yield _clip_result(*unfinished.popleft())
     if unheard:
-        _transcribe_pieces(model, processor, unheard, **options)
+        _transcribe_pieces(model, processor, unheard, batch_size, **options)
     for clip in unfinished:
         yield _clip_result(*clip)
 
@@ -121,12 +123,23 @@ def _quietest_point(samples: np.ndarray, earliest: int, latest: int) -> int:
     return int(points[np.argmin((energy[right] - energy[left]) / (right - left))])
 
 
-def _transcribe_pieces(
+def _transcribe_pieces(model, processor, pieces: list[Piece], batch_size: int, **options) -> None:
+    """Batch by batch, those of like length together: a batch takes as long as its longest text."""
+    ordered = sorted(pieces, key=lambda piece: len(piece.samples), reverse=True)
+    static = model.caching_options(**options)["cache_implementation"] == "static"
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        # Compiled for one size of a batch: the last one is filled up with a clip that is heard again.
+        surplus = batch_size - len(batch) if static else 0
+        _transcribe_batch(model, processor, batch + batch[-1:] * surplus, **options)
+
+
+def _transcribe_batch(
     model, processor, pieces: list[Piece], language: str | None, prompt: str | None, **generate_kwargs
 ) -> None:
     inputs = processor(audio=[piece.samples for piece in pieces], prompt=prompt, sampling_rate=SAMPLE_RATE)
     inputs = inputs.to(model.device)
-    audio = model.listen(inputs.pop("input_features"), language)
+    audio = model.listen(inputs.pop("input_features"), language, **model.caching_options(**generate_kwargs))
     hypotheses = [processor.decode_hypothesis(ids) for ids in audio.hypothesis_ids]
     counts = torch.tensor(processor.hypothesis_token_counts(hypotheses), device=model.device)
     options = {**processor.draft(hypotheses), "hypothesis_token_counts": counts, **generate_kwargs}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from voxkrikri.transcription_voxkrikri import (
+    BATCHES_AHEAD,
     edit_distance,
     is_silent,
     split_at_quiet_points,
@@ -202,21 +203,41 @@ def test_edit_distance_by_recursion(first, second):
 # ---- many clips
 
 
-def test_clips_are_read_no_sooner_than_a_batch_needs(tiny, clips):
+def test_clips_are_read_a_few_batches_ahead(tiny, clips):
     read = []
 
     def source():
-        for index in range(6):
+        for index in range(3 * BATCHES_AHEAD):
             read.append(index)
             yield clips[index % 3]
 
-    results = transcribe_each(tiny.model, tiny.processor, source(), batch_size=2, sampling_rate=16_000)
-    assert read == []
-    next(results)
-    assert read == [0, 1]
-    next(results)
-    assert read == [0, 1]
-    assert len(list(results)) == 4
+    for batch_size, ahead in ((1, 1), (2, 2 * BATCHES_AHEAD)):
+        read.clear()
+        results = transcribe_each(tiny.model, tiny.processor, source(), batch_size=batch_size, sampling_rate=16_000)
+        assert read == []
+        for _ in range(ahead):
+            next(results)
+            assert len(read) == ahead or ahead == 1
+        assert len(list(results)) == 3 * BATCHES_AHEAD - ahead
+
+
+@pytest.mark.parametrize(("caching", "sizes"), [("dynamic", [2, 2, 1]), ("static", [2, 2, 2])])
+def test_batches_are_of_like_length_and_of_one_size_where_compiled(tiny, clips, monkeypatch, caching, sizes):
+    """A batch takes as long as its longest text; what is compiled is so for one size of a batch."""
+    mixed = [clips[index] for index in (0, 2, 0, 1, 2)]
+    alone = transcribe(tiny.model, tiny.processor, mixed, sampling_rate=16_000)
+    heard, listen = [], tiny.model.listen
+    monkeypatch.setattr(
+        tiny.model,
+        "listen",
+        lambda features, *args, **kwargs: heard.append(features) or listen(features, *args, **kwargs),
+    )
+    options = {"batch_size": 2, "sampling_rate": 16_000, "cache_implementation": caching}
+    batched = transcribe(tiny.model, tiny.processor, mixed, **options)
+    assert [result["text"] for result in batched] == [result["text"] for result in alone]
+    assert [len(features) for features in heard] == sizes
+    by_length = tiny.processor.feature_extractor([clips[2], clips[2]], sampling_rate=16_000, return_tensors="pt")
+    assert torch.equal(heard[0], by_length.input_features)
 
 
 def test_a_bad_clip_is_named(tiny, clips):
