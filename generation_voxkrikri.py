@@ -129,6 +129,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         config = self.speech_model.generation_config
         end = self.speech_model.config.eos_token_id
         vocabulary = self.speech_model.config.vocab_size
+        options = {"max_new_tokens": self.speech_model.config.max_target_positions - prefix_ids.shape[1]} | kwargs
         suppressed = {token for token in config.suppress_tokens or [] if token != end}
         ids = GenerationMixin.generate(
             self.speech_model,
@@ -140,11 +141,10 @@ class VoxKrikriGenerationMixin(GenerationMixin):
                 bos_token_id=config.bos_token_id,
                 eos_token_id=end,
                 pad_token_id=end,
-                max_length=self.speech_model.config.max_target_positions,
                 # Text tokens come before the end of text, all markers and times after it.
                 suppress_tokens=sorted(suppressed | set(range(end + 1, vocabulary))) or None,
                 begin_suppress_tokens=config.begin_suppress_tokens,
-                **kwargs,
+                **options,
             ),
         )[:, prefix_ids.shape[1] :]
         longest = int((ids != end).sum(-1).max()) if ids.numel() else 0
@@ -235,6 +235,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         language: str | None = None,
         draft_ids: torch.LongTensor | None = None,
         draft_word_starts: torch.BoolTensor | None = None,
+        draft_min_probability: float | None = None,
         return_dict_in_generate: bool = False,
         **kwargs,
     ) -> torch.LongTensor | VoxKrikriGenerateOutput:
@@ -250,6 +251,8 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             language: of the speech, for a multilingual Whisper.
             draft_ids, draft_word_starts: what the processor's `draft` makes of the hypotheses. Greedy decoding writes
                 the same tokens with any draft or none, with a good one in fewer passes of the LLM.
+            draft_min_probability: relaxed acceptance: take a draft token to which the LLM gives this probability, even
+                where another is likelier. Fewer passes, and another text than greedy decoding's.
             kwargs: transformers' generation options (num_beams, do_sample, max_new_tokens, streamer ...). With
                 cache_implementation="static" shapes stay the same and, on an accelerator, Whisper's steps and the passes
                 of greedy decoding are compiled, the first time that a batch of this size is seen.
@@ -296,6 +299,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
                 streamer=kwargs.get("streamer"),  # transformers keeps it to itself
                 draft_ids=draft_ids,
                 draft_word_starts=draft_word_starts,
+                draft_min_probability=draft_min_probability,
                 static_cache=caching["cache_implementation"] == "static",
             )
         elif mode == "causal":

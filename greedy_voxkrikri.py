@@ -10,6 +10,7 @@
 * Compiled passes (`cache_implementation="static"`) have a few widths, so that nothing is compiled twice.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -154,6 +155,7 @@ def greedy_search(
     streamer: BaseStreamer | None = None,
     draft_ids: torch.LongTensor | None = None,
     draft_word_starts: torch.BoolTensor | None = None,
+    draft_min_probability: float | None = None,
     static_cache: bool = False,
     **model_kwargs,
 ) -> GreedyOutput:
@@ -162,11 +164,20 @@ def greedy_search(
     Args:
         draft_ids: `(batch, n)`, the draft and its end, padded with -1.
         draft_word_starts: `(batch, n)`, the draft's tokens that begin a word.
+        draft_min_probability: relaxed acceptance: a draft token is taken where the LLM gives it this probability, though
+            another may be likelier. The text is then not greedy decoding's any more.
         static_cache: keep the cache for the next batch of this size and, on an accelerator, compile the passes.
 
     Raises:
-        ValueError: for a streamer beside a batch, whose clips do not grow in step.
+        ValueError: for a streamer beside a batch, whose clips do not grow in step; for a draft_min_probability that is
+            none, or beside logits processors, which judge one token after the other.
     """
+    if draft_min_probability is not None:
+        if not 0 < draft_min_probability <= 1:
+            raise ValueError(f"draft_min_probability must be above 0 and at most 1, got {draft_min_probability}")
+        if logits_processor:
+            names = ", ".join(type(processor).__name__ for processor in logits_processor)
+            raise ValueError(f"draft_min_probability cannot be used beside logits processors ({names}): leave out one")
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"a streamer takes one clip at a time, got {len(input_ids)}")
     device, prompt_length = input_ids.device, model_kwargs.pop("prompt_length")
@@ -254,7 +265,17 @@ def greedy_search(
             may_end = model.sees_last_state(alignment_lookahead=lookahead, **rows, **audio)
         may_end = may_end.tolist()
         if not logits_processor:
-            logprobs, tokens = (values.tolist() for values in logits.log_softmax(-1).max(-1))
+            logprobs = logits.log_softmax(-1)
+            best, tokens = logprobs.max(-1)
+            if draft_min_probability is not None:
+                offered = tokens_fed[:, last + 1 :]
+                chances = logprobs[:, : offered.shape[1]].gather(-1, offered[..., None]).squeeze(-1)
+                likely = (chances >= math.log(draft_min_probability)) & (positions[:, last + 1 :] >= 0)
+                tokens[:, : offered.shape[1]][likely], best[:, : offered.shape[1]][likely] = (
+                    offered[likely],
+                    chances[likely],
+                )
+            logprobs, tokens = best.tolist(), tokens.tolist()
 
         for row, (clip, offer) in enumerate(zip(clips, offers, strict=True)):
             column = 0  # from the last token on

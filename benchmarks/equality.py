@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.decoding import Bench, draft_of, edit_words
+from tools.evaluate import load
 from voxkrikri.processing_voxkrikri import load_audio
 
 
@@ -29,11 +30,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     entries = [json.loads(line) for line in args.manifest.open(encoding="utf-8")][: args.clips]
+    model, processor = load(args.model)
     clips = [load_audio(args.manifest.parent / entry["audio"]) for entry in entries]
     compared, expected = 0, {}
     for batch_size in BATCH_SIZES:
+        starts = tqdm(range(0, len(clips), batch_size), desc="reading", unit="batch")
+        features = [
+            processor(audio=clips[start : start + batch_size], sampling_rate=16_000).input_features for start in starts
+        ]
         for mode in ("full", "causal"):
-            bench = Bench(args.model, clips, batch_size, mode, args.language)
+            bench = Bench(model, processor, features, mode, args.language, caching={})
             end, rng = bench.model.end_token_ids[0], random.Random(0)
             others = [word for batch in bench.words for words in batch for word in words]
             written = {"no draft": [words for batch in bench.words for words in batch]}

@@ -7,16 +7,8 @@ import random
 import pytest
 import torch
 from conftest import assemble, tiny_text_model
-from test_generation import (
-    FORMS,
-    LENGTHS,
-    PROMPTS,
-    aligned_by,
-    hear,
-    prompt_batch,
-    with_end_bias,
-    without_padding,
-)  # noqa: F401
+from test_generation import FORMS, LENGTHS, PROMPTS, aligned_by, hear, prompt_batch, with_end_bias, without_padding
+from test_generation import model as model  # the fixture
 from transformers import (
     CompileConfig,
     LogitsProcessorList,
@@ -177,6 +169,43 @@ def test_a_static_cache_without_compiling_and_with_a_prompt(model, features):  #
         assert torch.equal(
             model.generate(**audio, **prompts, **drafts, fusion_mode=mode, **compiled_anywhere()), plain
         )
+
+
+@pytest.mark.parametrize("mode", ["full", "causal"])
+def test_relaxed_acceptance_takes_what_is_likely_enough(model, features, mode):  # noqa: F811
+    model = with_end_bias(model)
+    audio, _ = hear(model, features)
+    options = {"fusion_mode": mode, "return_dict_in_generate": True}
+    plain = model.generate(**audio, **options)
+    texts = [without_padding(model, ids) for ids in plain.sequences]
+    drafts = drafts_like(texts, "edited", model.end_token_ids[0])
+    strict = model.generate(**audio, **drafts, **options, draft_min_probability=1.0)
+    assert torch.equal(strict.sequences, plain.sequences)
+    second = []  # a draft of the likeliest start and then, of every clip, the second likeliest token
+    for clip in range(len(texts)):
+        own = {name: value[clip : clip + 1] for name, value in audio.items()}
+        rows = model.text_rows(torch.tensor([[model.start_token_id]]), 1, own["hypothesis_ids"])
+        logits = model(input_ids=torch.tensor([[model.start_token_id]]), fusion_mode=mode, **rows, **own).logits[0, -1]
+        chances, tokens = logits.softmax(-1).topk(2)
+        second.append((tokens[1].item(), chances[1].item()))
+    draft = {"draft_ids": torch.tensor([[token] for token, _ in second])}
+    for threshold in (min(chance for _, chance in second) * 0.99, max(chance for _, chance in second) * 1.01):
+        relaxed = model.generate(**audio, **draft, **options, draft_min_probability=threshold)
+        for clip, (token, chance) in enumerate(second):
+            taken = chance >= threshold and token not in model.end_token_ids
+            assert relaxed.sequences[clip, 0] == (token if taken else texts[clip][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_min_probability": 0.0}, "above 0 and at most 1, got 0.0"),
+        ({"draft_min_probability": 0.2, "repetition_penalty": 1.8}, "RepetitionPenaltyLogitsProcessor.*leave out one"),
+    ],
+)
+def test_relaxed_acceptance_has_its_bounds(model, features, options, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        model.generate(features, **options)
 
 
 def test_other_processors_of_the_logits_see_the_text_so_far(model, features):  # noqa: F811
