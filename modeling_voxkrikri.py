@@ -146,7 +146,9 @@ class VoxKrikriForConditionalGeneration(
     ):
         """Builds from the configuration alone; `speech_model` and `language_model` are taken over where given."""
         super().__init__(config)
-        self.speech_model = speech_model or WhisperForConditionalGeneration._from_config(config.speech_config)
+        self.speech_model = speech_model or WhisperForConditionalGeneration._from_config(
+            config.speech_config, dtype=config.speech_dtype or config.speech_config.dtype
+        )
         if config.speech_generation_config is not None:
             self.speech_model.generation_config = GenerationConfig(**config.speech_generation_config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
@@ -251,7 +253,7 @@ class VoxKrikriForConditionalGeneration(
         if config.alignment == "text" and (tokenizer is None or speech_tokenizer is None):
             raise ValueError('alignment="text" compares texts: give both tokenizer and speech_tokenizer')
         model = cls(config, speech, text)
-        model.fusion.to(device=text.device, dtype=text.dtype)
+        model.put_beside_layers()
         if tokenizer is not None and speech_tokenizer is not None:
             model.speech_bytes.copy_(token_bytes(speech_tokenizer, config.speech_config.vocab_size))
             model.text_bytes.copy_(token_bytes(tokenizer, config.text_config.vocab_size))
