@@ -59,16 +59,17 @@ def _for_frozen_linears(
     quantization_config = copy.deepcopy(quantization_config)
     if not hasattr(quantization_config, "llm_int8_skip_modules"):
         raise ValueError(
-            f"{type(quantization_config).__name__} cannot be told what to leave out: use BitsAndBytesConfig, or a light "
-            "checkpoint beside an LLM that is quantised already"
+            f"a {type(quantization_config).__name__} was given, and which layers to leave alone is known for "
+            "BitsAndBytesConfig only: use that, or a light checkpoint beside an LLM that is quantised already"
         )
     theirs = quantization_config.llm_int8_skip_modules or []
     with torch.device("meta"):
         text = AutoModelForCausalLM.from_config(config.text_config)
     head = next(name for name, module in text.named_modules() if module is text.get_output_embeddings())
     kept = [f"{prefix}{name}" for name in (head, *theirs, *config.trained_text_modules)]
-    parts = ["speech_model", "fusion", r".*\.lora_[AB]"] if prefix else []
-    quantization_config.llm_int8_skip_modules = list(dict.fromkeys([*theirs, *kept, *parts]))
+    if prefix:
+        kept += [*(f"{name}.base_layer" for name in theirs), "speech_model", "fusion", r".*\.lora_[AB]"]
+    quantization_config.llm_int8_skip_modules = list(dict.fromkeys([*theirs, *kept]))
     return quantization_config
 
 
@@ -158,21 +159,27 @@ class VoxKrikriCheckpointMixin:
         """Puts each fusion where the layer is that it adds to, and the tables of spellings on a device that computes.
 
         Raises:
-            ValueError: where the map has no place for the LLM.
+            ValueError: where the map has no place for Whisper or the LLM.
         """
         names = {module: name for name, module in self.named_modules()}
         for key in [key for key in device_map if key.split(".")[0] == "fusion"]:
             del device_map[key]
-        for index, layer in enumerate(self.config.injection_layers):
-            parts = names[self.get_decoder().layers[layer - 1]].split(".")
+
+        def place_of(layer: nn.Module):
+            parts = names[layer].split(".")
             above = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
-            key = next((key for key in above if key in device_map), None)
-            if key is None:
+            place = next((device_map[key] for key in above if key in device_map), None)
+            if place is None:
                 raise ValueError(
-                    f"device_map has no place for {'.'.join(parts)}, only for {', '.join(device_map)}: "
-                    "name language_model and speech_model, or parts of them"
+                    f"device_map has no place for {names[layer]}, only for {', '.join(device_map)}: "
+                    "name speech_model and language_model, or parts of them"
                 )
-            device_map[f"fusion.{index}"] = device_map[key]
+            return place
+
+        place_of(self.speech_model.model.decoder.layers[-1])
+        layers = self.get_decoder().layers
+        places = {f"fusion.{i}": place_of(layers[layer - 1]) for i, layer in enumerate(self.config.injection_layers)}
+        device_map |= places
         computing = (device for device in device_map.values() if device not in ("cpu", "disk"))
         device_map |= dict.fromkeys(("speech_bytes", "text_bytes"), next(computing, "cpu"))
 
@@ -249,8 +256,8 @@ class VoxKrikriCheckpointMixin:
         config = copy.deepcopy(self.config)
         config.light, config.architectures = light, [type(self).__name__]
         config.dtype = str(self.language_model.dtype).removeprefix("torch.")
-        if self.speech_model.dtype != self.language_model.dtype:
-            config.speech_dtype = str(self.speech_model.dtype).removeprefix("torch.")
+        own = self.speech_model.dtype != self.language_model.dtype
+        config.speech_dtype = str(self.speech_model.dtype).removeprefix("torch.") if own else None
         alone = getattr(config.text_config, "quantization_config", None)  # of an LLM that was loaded by itself
         if alone is not None:
             del config.text_config.quantization_config

@@ -137,7 +137,7 @@ class VoxKrikriConfig(PretrainedConfig):
         self.states_per_token = states_per_token
         self.lora = lora
         self.trained_text_modules = trained_text_modules or []
-        self.speech_dtype = speech_dtype if speech_dtype is None else str(speech_dtype).removeprefix("torch.")
+        self.speech_dtype = speech_dtype
         self.light = light
         self.speech_model_id = speech_model_id
         self.speech_model_revision = speech_model_revision

@@ -30,7 +30,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .alignment_voxkrikri import LONGEST_PIECE, VoxKrikriAlignmentMixin, alignment_mask, token_bytes
-from .checkpoint_voxkrikri import VoxKrikriCheckpointMixin
+from .checkpoint_voxkrikri import VoxKrikriCheckpointMixin, execution_device
 from .configuration_voxkrikri import FUSION_MODES, VoxKrikriConfig
 from .generation_voxkrikri import VoxKrikriGenerationMixin
 
@@ -344,9 +344,12 @@ class VoxKrikriForConditionalGeneration(
 
     def project_audio(self, audio_states: torch.FloatTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every fusion, `(batch, fusions, heads, states, head size)`: once for an utterance."""
-        audio_states = audio_states.to(self.fusion[0].k_proj.weight.dtype)
-        keys, values = zip(*(fusion.project_audio(audio_states) for fusion in self.fusion), strict=True)
-        return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+        pairs = (
+            fusion.project_audio(audio_states.to(execution_device(fusion), fusion.k_proj.weight.dtype))
+            for fusion in self.fusion
+        )
+        keys, values = zip(*pairs, strict=True)
+        return tuple(torch.stack([part.to(self.device) for part in parts], dim=1) for parts in (keys, values))
 
     def _fuse(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output):
         """The hook on layer I: h <- h + fusion(h, audio). Without audio the LLM stays as it is."""
@@ -454,7 +457,7 @@ class VoxKrikriForConditionalGeneration(
             if self.config.copy_hypothesis:
                 copied = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
                 embeddings = self.get_input_embeddings()(copied.clamp(min=0))
-                kwargs["audio_copies"] = embeddings * (copied >= 0)[..., None]
+                kwargs["audio_copies"] = embeddings * (copied >= 0)[..., None].to(embeddings.device)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         inputs = {
             "input_ids": input_ids,
@@ -472,6 +475,7 @@ class VoxKrikriForConditionalGeneration(
         output = self.language_model(logits_to_keep=logits_to_keep, **inputs)
         if copy_bias and audio_keys is not None:
             kept = copied[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+            kept = kept.to(output.logits.device)
             bias = (copy_bias * (kept >= 0)).to(output.logits.dtype)
             output.logits.scatter_add_(2, kept.clamp(min=0)[..., None], bias[..., None])
         if labels is not None:
