@@ -212,6 +212,17 @@ class VoxKrikriCheckpointMixin:
             raise ValueError(
                 "a light checkpoint needs the backbones' ids: assemble the model from ids, or save with light=False"
             )
+        config = copy.deepcopy(self.config)
+        config.light, config.architectures = light, [type(self).__name__]
+        config.dtype = str(self.language_model.dtype).removeprefix("torch.")
+        own = self.speech_model.dtype != self.language_model.dtype
+        config.speech_dtype = str(self.speech_model.dtype).removeprefix("torch.") if own else None
+        alone = getattr(self.language_model.config, "quantization_config", None)  # of an LLM that was loaded by itself
+        config.text_config.__dict__.pop("quantization_config", None)
+        if light:  # whoever loads it says how the LLM is quantised
+            config.__dict__.pop("quantization_config", None)
+        elif alone is not None:
+            config.quantization_config = _for_frozen_linears(alone, config, "language_model.")
         state, seen = {}, set()
         for name, value in (kwargs.get("state_dict") or self.state_dict()).items():
             if light and not self._in_light(name):
@@ -253,17 +264,6 @@ class VoxKrikriCheckpointMixin:
         else:
             size = sum(value.numel() * value.element_size() for value in state.values())
             index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
-        config = copy.deepcopy(self.config)
-        config.light, config.architectures = light, [type(self).__name__]
-        config.dtype = str(self.language_model.dtype).removeprefix("torch.")
-        own = self.speech_model.dtype != self.language_model.dtype
-        config.speech_dtype = str(self.speech_model.dtype).removeprefix("torch.") if own else None
-        alone = getattr(config.text_config, "quantization_config", None)  # of an LLM that was loaded by itself
-        if alone is not None:
-            del config.text_config.quantization_config
-            config.quantization_config = _for_frozen_linears(alone, config, "language_model.")
-        if light:  # how the LLM is read again is for the reader to say
-            config.__dict__.pop("quantization_config", None)
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         self._save_code(folder)

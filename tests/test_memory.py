@@ -49,8 +49,8 @@ def quantised(model) -> set[str]:
 def test_only_the_frozen_linears_of_the_llm_are_quantised(folders, features, light, skipped):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     given = BitsAndBytesConfig(**FOUR_BITS, llm_int8_skip_modules=skipped)
-    model = AutoModel.from_pretrained(
-        folders / ("light" if light else "whole"), trust_remote_code=True, quantization_config=given
+    model = VoxKrikriForConditionalGeneration.from_pretrained(
+        folders / ("light" if light else "whole"), quantization_config=given
     )
     expected = {f"{LAYERS}.{layer}.mlp.{name}_proj" for layer in (1, 2) for name in ("gate", "up", "down")}
     expected |= {f"{LAYERS}.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkvo"}
@@ -79,6 +79,9 @@ def test_quantised_alone_or_inside_is_the_same(tokenizers, folders, features, li
         **FUSION,
     )
     model.save_pretrained(tmp_path / "saved", light=light)  # before it runs: on a CPU that changes the scales
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "quantization_config" not in config["text_config"]
+    assert ("quantization_config" in config) != light
     again = VoxKrikriForConditionalGeneration.from_pretrained(
         tmp_path / "saved", quantization_config=BitsAndBytesConfig(**FOUR_BITS, **skipped) if light else None
     )
@@ -91,12 +94,23 @@ def test_quantised_alone_or_inside_is_the_same(tokenizers, folders, features, li
     assert torch.equal(again.generate(features), model.generate(features))
 
 
-def test_a_light_checkpoint_of_four_bits_is_read_as_the_reader_says(tokenizers, folders, tmp_path):
+@FORMS
+def test_a_model_of_four_bits_is_saved_in_either_form(folders, light, tmp_path):
     pytest.importorskip("bitsandbytes")
-    model = VoxKrikriForConditionalGeneration.from_pretrained(folders / "light", quantization_config=FOUR_BITS)
-    model.save_pretrained(tmp_path / "saved")
-    assert quantised(model)
-    assert not quantised(VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "saved"))
+    model = AutoModel.from_pretrained(
+        folders / ("light" if light else "whole"), trust_remote_code=True, quantization_config=FOUR_BITS
+    )
+    model.save_pretrained(tmp_path / "light", light=True)
+    full = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / "light")  # the reader says how
+    full.save_pretrained(tmp_path / "full", light=False)
+    model.save_pretrained(tmp_path / "whole", light=False)
+    for form, is_quantised in (("light", False), ("full", False), ("whole", True)):
+        assert ("quantization_config" in (tmp_path / form / "config.json").read_text()) == is_quantised
+        again = VoxKrikriForConditionalGeneration.from_pretrained(tmp_path / form)
+        assert bool(quantised(again)) == is_quantised
+        state = again.state_dict()
+        expected = (model if is_quantised else full).state_dict()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_a_quantisation_that_cannot_leave_anything_out_is_named(folders):
