@@ -121,12 +121,13 @@ class VoxKrikriCheckpointMixin:
             quantization_config=kwargs.get("quantization_config"),
         )
         options["dtype"] = config.speech_dtype or options["dtype"]
-        options.setdefault("device_map", {"": execution_device(text)})  # a quantised LLM finds its device by itself
         speech = WhisperForConditionalGeneration.from_pretrained(
             config.speech_model_id,
             revision=config.speech_model_revision,
             **options | _device_map_of("speech_model", options),
         )
+        if "device_map" not in options:
+            speech.to(execution_device(text))  # a quantised LLM finds its device by itself
         model = cls(config, speech, text)
         model.put_beside_layers()
         state = load_file(cached_file(source, "model-fusion.safetensors", **hub))
