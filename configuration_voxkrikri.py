@@ -32,6 +32,8 @@ class VoxKrikriConfig(PretrainedConfig):
         states_per_token: the constant S/T used where the hypothesis's LLM tokens are not counted, as in a stream.
         lora: keyword arguments of peft.LoraConfig for the LLM, or None for no adapter.
         trained_text_modules: name prefixes inside the LLM, such as "lm_head", that training changes beside LoRA.
+        speech_dtype: Whisper's, such as "float16"; None: as the LLM's. (A dict of dtypes is no longer heeded by
+            transformers.)
         light: whether checkpoints hold only what was trained and take the backbones from their ids.
         speech_model_id, speech_model_revision, text_model_id, text_model_revision: where the backbones came from.
 
@@ -60,6 +62,7 @@ class VoxKrikriConfig(PretrainedConfig):
         states_per_token: float = 1.0,
         lora: dict | None = None,
         trained_text_modules: list[str] | None = None,
+        speech_dtype: str | None = None,
         light: bool = False,
         speech_model_id: str | None = None,
         speech_model_revision: str | None = None,
@@ -134,6 +137,7 @@ class VoxKrikriConfig(PretrainedConfig):
         self.states_per_token = states_per_token
         self.lora = lora
         self.trained_text_modules = trained_text_modules or []
+        self.speech_dtype = speech_dtype
         self.light = light
         self.speech_model_id = speech_model_id
         self.speech_model_revision = speech_model_revision

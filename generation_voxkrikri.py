@@ -7,6 +7,8 @@
   more; beams and sampling just may not take the end.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import ModelOutput
 
+from .checkpoint_voxkrikri import execution_device
 from .greedy_voxkrikri import greedy_search
 
 
@@ -81,8 +84,14 @@ class NoEndBeforeLastState(LogitsProcessor):
 class VoxKrikriGenerationMixin(GenerationMixin):
     """Decoding of VoxKrikriForConditionalGeneration, which owns `speech_model` and `language_model`."""
 
+    speech_is_offloaded = False  # by offload_speech
     # Tensors of one row per clip that place the states beside the text, whatever is being decoded.
     ALIGNMENT_INPUTS = ("state_lengths", "hypothesis_ids", "hypothesis_token_counts")
+
+    @property
+    def device(self) -> torch.device:
+        """Where texts and states come in: the LLM's, or its first, wherever Whisper lies."""
+        return self.text_bytes.device
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -104,7 +113,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             language: a code ("el"), an English name ("greek") or None: the checkpoint's default, else detected.
         """
         config = self.speech_model.generation_config
-        batch, device = len(encoder_outputs.last_hidden_state), self.device
+        batch, device = len(encoder_outputs.last_hidden_state), encoder_outputs.last_hidden_state.device
         prefix = [torch.full((batch,), config.decoder_start_token_id, device=device)]
         if getattr(config, "is_multilingual", False):
             language = language or getattr(config, "language", None)
@@ -133,6 +142,7 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         suppressed = {token for token in config.suppress_tokens or [] if token != end}
         ids = GenerationMixin.generate(
             self.speech_model,
+            inputs=encoder_outputs.last_hidden_state,  # for its batch and device
             encoder_outputs=encoder_outputs,
             attention_mask=torch.ones_like(prefix_ids),
             decoder_input_ids=prefix_ids,
@@ -179,11 +189,42 @@ class VoxKrikriGenerationMixin(GenerationMixin):
             kwargs: decoding options of the hypothesis, greedy by default.
         """
         kwargs |= self.caching_options(**kwargs)
-        encoder_outputs = self.speech_model.model.encoder(input_features.to(self.device, self.speech_model.dtype))
-        prefix_ids = self.speech_prefix(encoder_outputs, language)
-        if hypothesis_ids is None:
-            hypothesis_ids = self.generate_hypothesis(encoder_outputs, prefix_ids, **kwargs)
-        return self.get_audio_states(encoder_outputs, prefix_ids, hypothesis_ids)
+        if self.speech_is_offloaded:
+            kwargs["disable_compile"] = True  # its weights lie elsewhere every time
+        with self._speech_at_hand():
+            input_features = input_features.to(execution_device(self.speech_model), self.speech_model.dtype)
+            encoder_outputs = self.speech_model.model.encoder(input_features)
+            prefix_ids = self.speech_prefix(encoder_outputs, language)
+            if hypothesis_ids is None:
+                hypothesis_ids = self.generate_hypothesis(encoder_outputs, prefix_ids, **kwargs)
+            audio = self.get_audio_states(encoder_outputs, prefix_ids, hypothesis_ids.to(prefix_ids.device))
+        return VoxKrikriAudio(**{name: value.to(self.device) for name, value in audio.items()})
+
+    def offload_speech(self) -> None:
+        """Keeps Whisper in the CPU's memory; only while it listens a copy of it lies beside the LLM.
+
+        Raises:
+            ValueError: where accelerate has placed Whisper already.
+        """
+        if any(hasattr(module, "_hf_hook") for module in self.speech_model.modules()):
+            raise ValueError("offload_speech() places Whisper itself: load with a device_map of one device for it")
+        self.speech_model.to("cpu")
+        if torch.cuda.is_available():  # page-locked memory is copied several times faster
+            for tensor in (*self.speech_model.parameters(), *self.speech_model.buffers()):
+                tensor.data = tensor.data.pin_memory()
+        self.speech_is_offloaded = True
+
+    @contextmanager
+    def _speech_at_hand(self) -> Iterator[None]:
+        tensors = [*self.speech_model.parameters(), *self.speech_model.buffers()] if self.speech_is_offloaded else []
+        kept = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device, non_blocking=True, copy=True)
+            yield
+        finally:
+            for tensor, data in zip(tensors, kept, strict=True):
+                tensor.data = data
 
     def caching_options(self, generation_config: GenerationConfig | None = None, **kwargs) -> dict:
         """What `kwargs` of generate or else the generation configuration say of caches: for Whisper and the LLM alike."""

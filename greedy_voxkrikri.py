@@ -255,7 +255,7 @@ def greedy_search(
                 use_cache=cache is not None,
                 logits_to_keep=width - last,
                 **fused,
-            ).logits.float()
+            ).logits.to(device, torch.float32)
         if copy_bias:
             model.trust_copies(logits, copied[:, last:], copy_bias)
         passes += 1

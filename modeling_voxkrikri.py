@@ -30,7 +30,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .alignment_voxkrikri import LONGEST_PIECE, VoxKrikriAlignmentMixin, alignment_mask, token_bytes
-from .checkpoint_voxkrikri import VoxKrikriCheckpointMixin
+from .checkpoint_voxkrikri import VoxKrikriCheckpointMixin, execution_device
 from .configuration_voxkrikri import FUSION_MODES, VoxKrikriConfig
 from .generation_voxkrikri import VoxKrikriGenerationMixin
 
@@ -146,7 +146,9 @@ class VoxKrikriForConditionalGeneration(
     ):
         """Builds from the configuration alone; `speech_model` and `language_model` are taken over where given."""
         super().__init__(config)
-        self.speech_model = speech_model or WhisperForConditionalGeneration._from_config(config.speech_config)
+        self.speech_model = speech_model or WhisperForConditionalGeneration._from_config(
+            config.speech_config, dtype=config.speech_dtype or config.speech_config.dtype
+        )
         if config.speech_generation_config is not None:
             self.speech_model.generation_config = GenerationConfig(**config.speech_generation_config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
@@ -251,7 +253,7 @@ class VoxKrikriForConditionalGeneration(
         if config.alignment == "text" and (tokenizer is None or speech_tokenizer is None):
             raise ValueError('alignment="text" compares texts: give both tokenizer and speech_tokenizer')
         model = cls(config, speech, text)
-        model.fusion.to(device=text.device, dtype=text.dtype)
+        model.put_beside_layers()
         if tokenizer is not None and speech_tokenizer is not None:
             model.speech_bytes.copy_(token_bytes(speech_tokenizer, config.speech_config.vocab_size))
             model.text_bytes.copy_(token_bytes(tokenizer, config.text_config.vocab_size))
@@ -342,9 +344,12 @@ class VoxKrikriForConditionalGeneration(
 
     def project_audio(self, audio_states: torch.FloatTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every fusion, `(batch, fusions, heads, states, head size)`: once for an utterance."""
-        audio_states = audio_states.to(self.fusion[0].k_proj.weight.dtype)
-        keys, values = zip(*(fusion.project_audio(audio_states) for fusion in self.fusion), strict=True)
-        return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+        pairs = (
+            fusion.project_audio(audio_states.to(execution_device(fusion), fusion.k_proj.weight.dtype))
+            for fusion in self.fusion
+        )
+        keys, values = zip(*pairs, strict=True)
+        return tuple(torch.stack([part.to(self.device) for part in parts], dim=1) for parts in (keys, values))
 
     def fusion_inputs(
         self,
@@ -383,10 +388,11 @@ class VoxKrikriForConditionalGeneration(
             return inputs, None
         copied = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
         embeddings = self.get_input_embeddings()(copied.clamp(min=0))
-        return inputs | {"audio_copies": embeddings * (copied >= 0)[..., None]}, copied
+        return inputs | {"audio_copies": embeddings * (copied >= 0)[..., None].to(embeddings.device)}, copied
 
     def trust_copies(self, logits: torch.Tensor, copied: torch.LongTensor, copy_bias: float) -> None:
         """Adds the bias to the copied token's logit of every row, in place."""
+        copied = copied.to(logits.device)
         bias = (copy_bias * (copied >= 0)).to(logits.dtype)
         logits.scatter_add_(2, copied.clamp(min=0)[..., None], bias[..., None])
 
