@@ -14,6 +14,9 @@ from torch import nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 
+MOST_GRAPHS = 64
+
+
 class SlotCache(Cache):
     """Keys and values of every layer, `(batch, heads, slots, head size)`.
 
@@ -98,3 +101,16 @@ def attention_by_mask(language_model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         language_model.set_attn_implementation(usual)
+
+
+@contextmanager
+def room_for_graphs(static: bool) -> Iterator[None]:
+    """With static caches, room for a graph of each width and size of a batch, of Whisper and of the LLM.
+
+    All of them count as one for PyTorch, since transformers wraps every forward in the same function.
+    """
+    if not static:
+        yield
+        return
+    with torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS):
+        yield

@@ -65,7 +65,12 @@ def _for_frozen_linears(
     theirs = quantization_config.llm_int8_skip_modules or []
     with torch.device("meta"):
         text = AutoModelForCausalLM.from_config(config.text_config)
-    head = next(name for name, module in text.named_modules() if module is text.get_output_embeddings())
+    linears = {name: module for name, module in text.named_modules() if isinstance(module, nn.Linear)}
+    head = next(name for name, module in linears.items() if module is text.get_output_embeddings())
+    if all(name.startswith((head, *config.trained_text_modules)) for name in linears):
+        raise ValueError(
+            f"nothing of this LLM is left to quantise: all of it was trained ({', '.join(config.trained_text_modules)})"
+        )
     kept = [f"{prefix}{name}" for name in (head, *theirs, *config.trained_text_modules)]
     if prefix:
         kept += [*(f"{name}.base_layer" for name in theirs), "speech_model", "fusion", r".*\.lora_[AB]"]

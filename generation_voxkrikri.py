@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import ModelOutput
 
+from .cache_voxkrikri import room_for_graphs
 from .checkpoint_voxkrikri import execution_device
 from .greedy_voxkrikri import greedy_search
 
@@ -138,25 +139,29 @@ class VoxKrikriGenerationMixin(GenerationMixin):
         config = self.speech_model.generation_config
         end = self.speech_model.config.eos_token_id
         vocabulary = self.speech_model.config.vocab_size
-        options = {"max_new_tokens": self.speech_model.config.max_target_positions - prefix_ids.shape[1]} | kwargs
+        prefix = prefix_ids.shape[1]
+        most = kwargs.pop("max_new_tokens", self.speech_model.config.max_target_positions - prefix)
         suppressed = {token for token in config.suppress_tokens or [] if token != end}
-        ids = GenerationMixin.generate(
-            self.speech_model,
-            inputs=encoder_outputs.last_hidden_state,  # for its batch and device
-            encoder_outputs=encoder_outputs,
-            attention_mask=torch.ones_like(prefix_ids),
-            decoder_input_ids=prefix_ids,
-            generation_config=GenerationConfig(
-                decoder_start_token_id=config.decoder_start_token_id,
-                bos_token_id=config.bos_token_id,
-                eos_token_id=end,
-                pad_token_id=end,
-                # Text tokens come before the end of text, all markers and times after it.
-                suppress_tokens=sorted(suppressed | set(range(end + 1, vocabulary))) or None,
-                begin_suppress_tokens=config.begin_suppress_tokens,
-                **options,
-            ),
-        )[:, prefix_ids.shape[1] :]
+        generation_config = GenerationConfig(
+            decoder_start_token_id=config.decoder_start_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+            max_length=prefix + most,
+            # Text tokens come before the end of text, all markers and times after it.
+            suppress_tokens=sorted(suppressed | set(range(end + 1, vocabulary))) or None,
+            begin_suppress_tokens=config.begin_suppress_tokens,
+            **kwargs,
+        )
+        with room_for_graphs(kwargs.get("cache_implementation") == "static"):
+            ids = GenerationMixin.generate(
+                self.speech_model,
+                inputs=encoder_outputs.last_hidden_state,  # for its batch and device
+                encoder_outputs=encoder_outputs,
+                attention_mask=torch.ones_like(prefix_ids),
+                decoder_input_ids=prefix_ids,
+                generation_config=generation_config,
+            )[:, prefix:]
         longest = int((ids != end).sum(-1).max()) if ids.numel() else 0
         return ids[:, :longest]
 

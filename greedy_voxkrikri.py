@@ -24,12 +24,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .alignment_voxkrikri import TextFollower, spell
-from .cache_voxkrikri import SlotCache, attention_by_mask, slot_masks
+from .cache_voxkrikri import SlotCache, attention_by_mask, room_for_graphs, slot_masks
 
 
 LONGEST_OFFER = 63  # draft tokens of a clip in one pass
 COMPILED_WIDTHS = (1, 4, 16, 64)  # tokens of a clip in a compiled pass: the last of its text, and offers
-MOST_GRAPHS = 64  # compiled passes: one for each of these widths and each size of a batch
 ROWS_A_PASS_ON_CPU, ROWS_A_PASS = 32, 512  # an accelerator reads its weights once for many rows
 
 
@@ -246,7 +245,7 @@ def greedy_search(
             attention_mask = slot_masks(text_config, positions, cache.length, dtype)
         fused, copied = model.fusion_inputs(**keep, **block, **audio, alignment_lookahead=lookahead)
         language_model = compiled if compiles and cache.keys else model.language_model
-        with attention_by_mask(model.language_model), torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS):
+        with attention_by_mask(model.language_model), room_for_graphs(static_cache):
             logits = language_model(
                 input_ids=tokens_fed,
                 attention_mask=attention_mask,

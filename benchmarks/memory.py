@@ -108,7 +108,7 @@ def cell(value: float | list[float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".", help="folder or Hub id; this repository's mini if left out")
+    parser.add_argument("--model", default=str(Path(__file__).parent.parent), help="default: the mini")
     parser.add_argument("--full-size", action="store_true", help="random weights of the paper's size; needs a GPU")
     parser.add_argument("--out", type=Path, required=True, help="folder for memory.json and memory.md")
     args = parser.parse_args(argv)

@@ -120,6 +120,17 @@ def test_a_quantisation_that_cannot_leave_anything_out_is_named(folders):
         )
 
 
+def test_an_llm_that_was_trained_whole_is_not_quantised(folders):
+    config = VoxKrikriConfig.from_pretrained(folders / "whole")
+    config.trained_text_modules = ["model"]
+    with pytest.raises(ValueError, match="all of it was trained .model."):
+        VoxKrikriForConditionalGeneration.from_pretrained(
+            folders / "whole",
+            config=config,
+            quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+        )
+
+
 # ---- dtypes
 
 
