@@ -29,7 +29,7 @@ from .cache_voxkrikri import SlotCache, attention_by_mask, room_for_graphs, slot
 
 LONGEST_OFFER = 63  # draft tokens of a clip in one pass
 COMPILED_WIDTHS = (1, 4, 16, 64)  # tokens of a clip in a compiled pass: the last of its text, and offers
-ROWS_A_PASS_ON_CPU, ROWS_A_PASS = 32, 512  # an accelerator reads its weights once for many rows
+ROWS_A_PASS_ON_CPU, ROWS_A_PASS = 32, 200  # an accelerator computes some 200 rows while it reads the weights
 
 
 @dataclass

@@ -136,8 +136,9 @@ def compiled_anywhere() -> dict:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-@pytest.mark.parametrize(("mode", "alignment"), [("full", "ratio"), ("causal", "copy")])
-@pytest.mark.parametrize("sliding", [False, True], ids=["", "sliding"])
+@pytest.mark.parametrize(
+    ("mode", "alignment", "sliding"), [("full", "ratio", True), ("causal", "copy", False)], ids=["sliding", "causal"]
+)
 def test_compiled_passes_write_the_same_and_are_compiled_once(tokenizers, features, mode, alignment, sliding):
     kind = {"config_class": MistralConfig, "model_class": MistralForCausalLM, "sliding_window": 4} if sliding else {}
     plain_model = assemble(tokenizers, text=tiny_text_model(tokenizers.text, **kind), alignment_prior=True)
