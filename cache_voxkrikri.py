@@ -59,31 +59,34 @@ class SlotCache(Cache):
 
 
 def slot_masks(
-    config: PretrainedConfig, positions: torch.LongTensor, num_slots: int, dtype: torch.dtype
+    config: PretrainedConfig, positions: torch.LongTensor, num_slots: int
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """What tokens at `positions` see of the slots: 0 or the least number, `(batch, 1, rows, slots)`.
+    """Which slots tokens at `positions` see, `(batch, 1, rows, slots)`, as the LLM of this configuration takes it.
 
-    As the LLM of this configuration takes it: one for all layers or, by their kind, a dict.
+    One for all layers or, by their kind, a dict; True and False, or 0 and the least number for eager attention. Padding
+    sees slot 0, since a softmax over nothing is NaN.
 
     Raises:
         ValueError: for layers that keep something else than keys and values, and cannot forget a rejected token.
     """
     kept = torch.arange(num_slots, device=positions.device) - 1  # the position in every slot
-    age = positions[:, None, :, None] - kept
-    seen = {"full_attention": (age >= 0) & (kept >= 0)}
+    positions = positions[:, None, :, None]
+    age = positions - kept
+    masks = {"full_attention": (age >= 0) & ((kept >= 0) | (positions < 0))}
     window = getattr(config, "sliding_window", None)
     if window is not None:
-        seen["sliding_attention"] = seen["full_attention"] & (age < window)
+        masks["sliding_attention"] = masks["full_attention"] & (age < window)
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - seen.keys():
+    if kinds - masks.keys():
         raise ValueError(
-            f"greedy decoding needs layers of full or sliding attention, this LLM has {sorted(kinds - seen.keys())}: "
+            f"greedy decoding needs layers of full or sliding attention, this LLM has {sorted(kinds - masks.keys())}: "
             "choose another, or decode with do_sample or num_beams"
         )
-    masks = {
-        kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        for kind, mask in seen.items()
-    }
+    if config._attn_implementation == "eager":
+        least = torch.finfo(torch.float32).min
+        masks = {
+            kind: torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, least) for kind, mask in masks.items()
+        }
     if kinds:
         return {kind: masks[kind] for kind in kinds}
     return masks["full_attention" if window is None else "sliding_attention"]

@@ -211,7 +211,7 @@ def greedy_search(
         states = model.config.speech_config.max_target_positions  # as many for all clips
         for name in ("audio_keys", "audio_values"):
             keep[name] = nn.functional.pad(keep[name], (0, 0, 0, max(states - keep[name].shape[-2], 0)))
-    text_config, dtype = model.config.text_config, keep["audio_keys"].dtype
+    text_config = model.language_model.config.get_text_config()
     rows_a_pass = ROWS_A_PASS_ON_CPU if device.type == "cpu" else ROWS_A_PASS
     passes = 0
     while not all(clip.finished for clip in clips):
@@ -237,26 +237,26 @@ def greedy_search(
                 block[name][row, stop - len(values) : stop] = torch.tensor(values)
         furthest = int(block["position_ids"].max())
         block = {name: values.to(device) for name, values in block.items()}
-        tokens_fed, positions = block.pop("input_ids"), block.pop("position_ids")
+        positions = block.pop("position_ids")
         if cache is None:
             attention_mask = (positions >= 0).long()
         else:
             cache.place(positions, furthest)
-            attention_mask = slot_masks(text_config, positions, cache.length, dtype)
-        fused, copied = model.fusion_inputs(**keep, **block, **audio, alignment_lookahead=lookahead)
-        language_model = compiled if compiles and cache.keys else model.language_model
+            attention_mask = slot_masks(text_config, positions, cache.length)
         with attention_by_mask(model.language_model), room_for_graphs(static_cache):
-            logits = language_model(
-                input_ids=tokens_fed,
+            logits = model(
+                **block,
                 attention_mask=attention_mask,
                 position_ids=positions.clamp(min=0),
                 past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=width - last,
-                **fused,
+                alignment_lookahead=lookahead,
+                copy_bias=copy_bias,
+                language_model=compiled if compiles and cache.keys else None,
+                **audio,
+                **keep,
             ).logits.to(device, torch.float32)
-        if copy_bias:
-            model.trust_copies(logits, copied[:, last:], copy_bias)
         passes += 1
         may_end = torch.ones(logits.shape[:2], dtype=torch.bool)
         if keep["fusion_mode"] == "causal":
@@ -267,13 +267,11 @@ def greedy_search(
             logprobs = logits.log_softmax(-1)
             best, tokens = logprobs.max(-1)
             if draft_min_probability is not None:
-                offered = tokens_fed[:, last + 1 :]
-                chances = logprobs[:, : offered.shape[1]].gather(-1, offered[..., None]).squeeze(-1)
+                drafted = block["input_ids"][:, last + 1 :]
+                chances = logprobs[:, :-1].gather(-1, drafted[..., None]).squeeze(-1)
                 likely = (chances >= math.log(draft_min_probability)) & (positions[:, last + 1 :] >= 0)
-                tokens[:, : offered.shape[1]][likely], best[:, : offered.shape[1]][likely] = (
-                    offered[likely],
-                    chances[likely],
-                )
+                tokens[:, :-1] = torch.where(likely, drafted, tokens[:, :-1])
+                best[:, :-1] = torch.where(likely, chances, best[:, :-1])
             logprobs, tokens = best.tolist(), tokens.tolist()
 
         for row, (clip, offer) in enumerate(zip(clips, offers, strict=True)):

@@ -10,7 +10,7 @@ After "VOX-KRIKRI: Unifying Speech and Language through Continuous Fusion" (arXi
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -351,51 +351,6 @@ class VoxKrikriForConditionalGeneration(
         keys, values = zip(*pairs, strict=True)
         return tuple(torch.stack([part.to(self.device) for part in parts], dim=1) for parts in (keys, values))
 
-    def fusion_inputs(
-        self,
-        audio_keys: torch.Tensor,
-        audio_values: torch.Tensor,
-        text_positions: torch.LongTensor,
-        text_reached: torch.LongTensor | None,
-        state_waits: torch.LongTensor | int,
-        state_lengths: torch.LongTensor,
-        hypothesis_ids: torch.LongTensor | None = None,
-        hypothesis_token_counts: torch.LongTensor | None = None,
-        fusion_mode: str | None = None,
-        alignment_lookahead: int | None = None,
-    ) -> tuple[dict[str, torch.Tensor], torch.LongTensor | None]:
-        """What the LLM is given beside its own inputs, by forward's arguments, for the hooks of its layers.
-
-        Returns:
-            The keyword arguments, and the copied token of every row, `(batch, rows)`, where the model shows them.
-        """
-        mode = self.config.fusion_mode if fusion_mode is None else fusion_mode
-        if mode not in FUSION_MODES:
-            raise ValueError(f"fusion_mode must be one of {FUSION_MODES}, got {mode!r}")
-        aligned, centres = self.align(
-            text_positions, state_lengths, text_reached, hypothesis_ids, hypothesis_token_counts
-        )
-        visible = self.last_visible_state(aligned, state_lengths, mode, alignment_lookahead, state_waits)
-        num_states = audio_keys.shape[-2]
-        inputs = {
-            "audio_keys": audio_keys,
-            "audio_values": audio_values,
-            "audio_mask": alignment_mask(text_positions, visible, num_states),
-            "audio_offsets": torch.arange(num_states, device=centres.device) - centres[..., None],
-            "audio_is_text": text_positions >= 0,
-        }
-        if not self.config.copy_hypothesis:
-            return inputs, None
-        copied = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
-        embeddings = self.get_input_embeddings()(copied.clamp(min=0))
-        return inputs | {"audio_copies": embeddings * (copied >= 0)[..., None].to(embeddings.device)}, copied
-
-    def trust_copies(self, logits: torch.Tensor, copied: torch.LongTensor, copy_bias: float) -> None:
-        """Adds the bias to the copied token's logit of every row, in place."""
-        copied = copied.to(logits.device)
-        bias = (copy_bias * (copied >= 0)).to(logits.dtype)
-        logits.scatter_add_(2, copied.clamp(min=0)[..., None], bias[..., None])
-
     def _fuse(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output):
         """The hook on layer I: h <- h + fusion(h, audio). Without audio the LLM stays as it is."""
         keys = kwargs.get("audio_keys")
@@ -438,6 +393,7 @@ class VoxKrikriForConditionalGeneration(
         alignment_lookahead: int | None = None,
         copy_bias: float = 0.0,
         loss_chunk_size: int | None = None,
+        language_model: Callable | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """The LLM's logits and loss with the audio fused in; without any audio, the plain LLM's.
@@ -458,6 +414,7 @@ class VoxKrikriForConditionalGeneration(
             copy_bias: added to the logits of the tokens that copy_hypothesis shows; `generate` gives the configuration's.
             loss_chunk_size: with labels, the loss alone: logits are made for so many labelled rows at a time, and made
                 again for the gradient. With a large vocabulary they would fill the memory.
+            language_model: the LLM's forward, compiled, to be called instead.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError(
@@ -465,6 +422,9 @@ class VoxKrikriForConditionalGeneration(
                 ' or pipeline("automatic-speech-recognition", model=<folder or Hub id>, trust_remote_code=True):'
                 " given a loaded model, pipeline() builds the stock class, which cannot run this one"
             )
+        mode = self.config.fusion_mode if fusion_mode is None else fusion_mode
+        if mode not in FUSION_MODES:
+            raise ValueError(f"fusion_mode must be one of {FUSION_MODES}, got {mode!r}")
         if copy_bias and not self.config.copy_hypothesis:
             raise ValueError(f"copy_bias ({copy_bias}) needs a model with copy_hypothesis, which knows the token")
         if audio_keys is None and (audio_states is not None or input_features is not None):
@@ -474,7 +434,6 @@ class VoxKrikriForConditionalGeneration(
             elif state_lengths is None:
                 raise ValueError("audio_states need state_lengths, how many of each clip's states are real")
             audio_keys, audio_values = self.project_audio(audio_states)
-        copied = None
         if audio_keys is not None:
             if text_positions is None:
                 if labels is None:
@@ -485,19 +444,22 @@ class VoxKrikriForConditionalGeneration(
                 text_reached = self.follow_hypothesis(text, text_positions, hypothesis_ids)
             if state_waits is None:
                 state_waits = self._waits_for_end(labels, state_lengths) if labels is not None else 0
-            fused, copied = self.fusion_inputs(
-                audio_keys,
-                audio_values,
-                text_positions,
-                text_reached,
-                state_waits,
-                state_lengths,
-                hypothesis_ids,
-                hypothesis_token_counts,
-                fusion_mode,
-                alignment_lookahead,
+            aligned, centres = self.align(
+                text_positions, state_lengths, text_reached, hypothesis_ids, hypothesis_token_counts
             )
-            kwargs |= fused
+            visible = self.last_visible_state(aligned, state_lengths, mode, alignment_lookahead, state_waits)
+            num_states = audio_keys.shape[-2]
+            kwargs |= {
+                "audio_keys": audio_keys,
+                "audio_values": audio_values,
+                "audio_mask": alignment_mask(text_positions, visible, num_states),
+                "audio_offsets": torch.arange(num_states, device=centres.device) - centres[..., None],
+                "audio_is_text": text_positions >= 0,
+            }
+            if self.config.copy_hypothesis:
+                copied = self.copied_tokens(text_reached, visible, hypothesis_ids, state_lengths)
+                embeddings = self.get_input_embeddings()(copied.clamp(min=0))
+                kwargs["audio_copies"] = embeddings * (copied >= 0)[..., None].to(embeddings.device)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         inputs = {
             "input_ids": input_ids,
@@ -512,10 +474,12 @@ class VoxKrikriForConditionalGeneration(
             return CausalLMOutputWithPast(
                 loss=self._chunked_loss(hidden_states, labels, loss_chunk_size, num_items_in_batch)
             )
-        output = self.language_model(logits_to_keep=logits_to_keep, **inputs)
-        if copy_bias and copied is not None:
+        output = (language_model or self.language_model)(logits_to_keep=logits_to_keep, **inputs)
+        if copy_bias and audio_keys is not None:
             kept = copied[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-            self.trust_copies(output.logits, kept, copy_bias)
+            kept = kept.to(output.logits.device)
+            bias = (copy_bias * (kept >= 0)).to(output.logits.dtype)
+            output.logits.scatter_add_(2, kept.clamp(min=0)[..., None], bias[..., None])
         if labels is not None:
             output.loss = self.loss_function(
                 output.logits,

@@ -208,9 +208,9 @@ class Bench:
 
         def correct(batch: int) -> torch.Tensor:
             hypothesis(batch, **self.caching)
-            # The hypothesis in the LLM's tokens, padded on the left, before the text's start.
-            ids = drafts[batch]["draft_ids"].to(model.device)
-            prompt = torch.cat([ids.flip(-1), self.batches[batch]["input_ids"]], dim=-1)
+            texts = [ids[ids >= 0] for ids in drafts[batch]["draft_ids"]]  # the hypotheses in the LLM's tokens
+            ids = pad_sequence(texts, batch_first=True, padding_value=-1, padding_side="left").to(model.device)
+            prompt = torch.cat([ids, self.batches[batch]["input_ids"]], dim=-1)
             tokens = self.plain[batch].sequences.shape[1]
             return model.language_model.generate(
                 prompt.clamp(min=0),
@@ -218,6 +218,7 @@ class Bench:
                 min_new_tokens=tokens,
                 max_new_tokens=tokens,
                 do_sample=False,
+                use_cache=True,
                 pad_token_id=model.end_token_ids[0],
                 **self.caching,
             )

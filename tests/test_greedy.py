@@ -124,7 +124,7 @@ def test_any_attention_gives_the_same_tokens(model, features, attention):  # noq
 
 def test_layers_that_cannot_forget_are_refused(model, features):  # noqa: F811
     model = copy.deepcopy(model)
-    model.config.text_config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    model.language_model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="linear_attention.*do_sample"):
         model.generate(features)
 
