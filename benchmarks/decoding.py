@@ -340,11 +340,13 @@ def main(argv: list[str] | None = None) -> None:
         for stage in bench.stages(drafts["the hypothesis"], args.repeats):
             stages.append({"batch_size": size} | stage | {"times_real_time": listened / stage["seconds"]})
 
+    weights = "the mini" if Path(args.model).resolve() == ROOT.resolve() else Path(args.model).resolve().name
+    weights = "random" if processor is None else weights
     machine = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     facts = {
         "machine": f"{machine}, {platform.machine()}",
         "torch": torch.__version__,
-        "weights": "random" if processor is None else Path(args.model).resolve().name,
+        "weights": weights,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype),
         "compiled": args.compile,
