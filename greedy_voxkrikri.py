@@ -206,7 +206,9 @@ def greedy_search(
     if generation_config.use_cache:
         cache = static_cache_of(model, len(clips), stopping_criteria.max_length) if static_cache else SlotCache()
     if static_cache and model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
-        compile_config = generation_config.compile_config or CompileConfig(fullgraph=True)
+        # Hooks, by which accelerate spreads an LLM over devices, cut the graph.
+        hooked = any(hasattr(module, "_hf_hook") for module in model.language_model.modules())
+        compile_config = generation_config.compile_config or CompileConfig(fullgraph=not hooked)
         compiled = model.language_model.get_compiled_call(replace(compile_config, dynamic=False))
         states = model.config.speech_config.max_target_positions  # as many for all clips
         for name in ("audio_keys", "audio_values"):
