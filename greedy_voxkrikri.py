@@ -56,22 +56,25 @@ class Draft:
     * the LLM's token stands a little further on: what lies between was left out;
     * else the LLM writes another word here: the draft is offered again from its next word on.
 
-    Every token of the LLM tells whether the draft was right there, offered or not: how often lately is the chance that it
-    will be, by which `offered_width` decides.
+    Every token of the LLM tells whether the draft was right there, offered or not. How often lately, after a token where it
+    was right and after one where it was not, are the chances by which `offered_width` decides.
     """
 
     REACH = 8  # tokens ahead in which a token of the LLM is looked for
-    RIGHT, WRONG = 4.9, 0.1  # tokens already counted before the first one
+    AFTER_RIGHT, AFTER_WRONG = (4.9, 0.1), (0.5, 0.5)  # right and wrong, already counted before the first one
     MEMORY = 0.9  # what a token counts, once for every later one
 
     def __init__(self, ids: list[int], word_starts: list[bool]):
         self.ids, self.word_starts = ids, word_starts
         self.reached = self.next = 0  # what the text has covered, and what is offered next
-        self.right, self.wrong = self.RIGHT, self.WRONG
+        self.counts = {True: self.AFTER_RIGHT, False: self.AFTER_WRONG}
+        self.was_right = True
 
     @property
-    def chance(self) -> float:
-        return min(self.right / (self.right + self.wrong), 0.999)
+    def chances(self) -> tuple[float, float]:
+        """That the next token is right, and that one after a right token is."""
+        shares = {state: right / (right + wrong) for state, (right, wrong) in self.counts.items()}
+        return shares[self.was_right], min(shares[True], 0.999)
 
     def offer(self, width: int) -> list[int]:
         return self.ids[self.next : self.next + width]
@@ -79,8 +82,10 @@ class Draft:
     def follow(self, token: int) -> None:
         """The text goes on with `token`."""
         if self.next < len(self.ids):
-            right = self.ids[self.next] == token
-            self.right, self.wrong = self.MEMORY * self.right + right, self.MEMORY * self.wrong + (not right)
+            is_right = self.ids[self.next] == token
+            right, wrong = self.counts[self.was_right]
+            self.counts[self.was_right] = self.MEMORY * right + is_right, self.MEMORY * wrong + (not is_right)
+            self.was_right = is_right
         ahead = self.ids[self.reached : self.reached + self.REACH]
         if self.next < len(self.ids) and self.ids[self.next] == token:
             self.reached = self.next = self.next + 1
@@ -127,17 +132,18 @@ class Clip:
 def offered_width(clips: list[Clip], longest: list[int], rows_a_pass: int, widths: Sequence[int] | None = None) -> int:
     """How many draft tokens of every clip one pass verifies: most text for its cost, 1 + rows / `rows_a_pass`.
 
-    A draft that is right with chance p gives p + p^2 + ... + p^w tokens. Where rows are dear (a batch on a CPU) or drafts
-    are poor, few are offered or none, and decoding takes no longer than without.
+    A draft that is right with chance q, and with p after a right token, gives q (1 + p + ... + p^(w-1)) tokens. Where
+    rows are dear (a batch on a CPU) or drafts are poor, few are offered or none, and decoding takes no longer than
+    without.
 
     Args:
         longest: tokens that every clip's draft still has room for.
         rows_a_pass: rows whose computing costs as much as the pass itself, such as reading the weights.
         widths: what to choose from; as many as there is room for if left out.
     """
-    chances = np.array([clip.draft.chance for clip in clips])[:, None]
+    first, later = np.array([clip.draft.chances for clip in clips]).T[..., None]
     widths = np.arange(min(max(longest), LONGEST_OFFER) + 1) if widths is None else np.array(widths)
-    likely = chances * (1 - chances ** np.minimum(widths, np.array(longest)[:, None])) / (1 - chances)
+    likely = first * (1 - later ** np.minimum(widths, np.array(longest)[:, None])) / (1 - later)
     return int(widths[np.argmax((len(clips) + likely.sum(0)) / (1 + len(clips) * (1 + widths) / rows_a_pass))])
 
 
