@@ -151,13 +151,12 @@ def test_compiled_passes_write_the_same_and_are_compiled_once(tokenizers, featur
         texts = [without_padding(model, ids) for ids in plain.sequences]
         for draft in ("empty", "edited", "the text", "of another"):
             drafts = drafts_like(texts, draft, model.end_token_ids[0])
-            pair = {name: value[:2] for name, value in audio.items()}
-            for batch in (audio, singles[0], pair):
+            for batch in (audio, singles[0]):
                 these = {name: value[: len(batch["state_lengths"])] for name, value in drafts.items()}
                 output = model.generate(**batch, **these, **options, **compiled_anywhere())
                 for ids, text in zip(output.sequences, texts, strict=False):
                     assert without_padding(model, ids) == text
-    assert 6 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 * len(COMPILED_WIDTHS)
+    assert 4 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(COMPILED_WIDTHS)
 
 
 def test_a_static_cache_without_compiling_and_with_a_prompt(model, features):  # noqa: F811
@@ -168,9 +167,8 @@ def test_a_static_cache_without_compiling_and_with_a_prompt(model, features):  #
         drafts = drafts_like([without_padding(model, ids) for ids in plain], "edited", model.end_token_ids[0])
         static = model.generate(**audio, **prompts, **drafts, fusion_mode=mode, cache_implementation="static")
         assert torch.equal(static, plain)
-        assert torch.equal(
-            model.generate(**audio, **prompts, **drafts, fusion_mode=mode, **compiled_anywhere()), plain
-        )
+    options = prompts | drafts | compiled_anywhere()
+    assert torch.equal(model.generate(**audio, **options, fusion_mode="full"), plain)
 
 
 @pytest.mark.parametrize("mode", ["full", "causal"])

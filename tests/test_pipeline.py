@@ -86,7 +86,7 @@ def test_many_clips(asr, files, expected, batch_size):
 
 def test_a_generator_is_read_as_results_are_asked_for(asr, tiny, files, expected):
     in_pairs = VoxKrikriPipeline(tiny.model, processor=tiny.processor, batch_size=2)
-    files, expected = 10 * files, 10 * expected
+    files, expected = 6 * files, 6 * expected
     for made, options, ahead in ((asr, {}, 1), (asr, {"batch_size": 2}, 16), (in_pairs, {}, 16)):
         read = []
         outputs = made((read.append(path) or path for path in files), **options)
