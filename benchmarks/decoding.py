@@ -11,8 +11,8 @@
   and not; and with a correction by the same LLM, which reads the hypothesis and writes as many tokens (transformers' own
   greedy decoding).
 * Random weights cost the same. Such a Whisper never stops, and the LLM is made to write a chain of tokens from a first
-  one that is the clip's own: hypotheses and texts have the lengths of ten seconds of Greek, a word is two tokens, and the
-  hypothesis stands for a draft with as many words wrong as on the mini's test set.
+  one that is the clip's own: hypotheses and texts have the lengths of ten seconds of Greek, 25 words, each of one or two
+  tokens, and the hypothesis stands for a draft with as many words wrong as on the mini's test set.
 * Seconds are medians of `--repeats` after one run to warm up, all ways in turn on the same clips, with the spread of
   their ratios. With --compile nothing may be compiled after the warm-up.
 * Writes decoding.md, decoding.json and decoding.png into --out.
@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CompileConfig
 
-from benchmarks.training import STATES_A_SECOND, TOKENS_A_SECOND, build
+from benchmarks.training import STATES_A_SECOND, build
 from tools.evaluate import load
 from voxkrikri.processing_voxkrikri import load_audio
 
@@ -41,6 +41,7 @@ from voxkrikri.processing_voxkrikri import load_audio
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4)
 SEEN_SHARE = 0.16  # words of the hypothesis that the mini writes otherwise (docs/results/texts.jsonl)
 SECONDS = 10.0  # of a random model's clip
+WORDS = 5 * [2, 1, 2, 1, 2]  # tokens of each word of its text
 ROOT = Path(__file__).parent.parent
 
 
@@ -92,9 +93,9 @@ class Bench:
         self.mode, self.caching, self.batches, self.hypotheses = mode, caching, [], []
         self.hypothesis_options, self.text_options = {}, {}
         if processor is None:
-            states, tokens = int(SECONDS * STATES_A_SECOND), int(SECONDS * TOKENS_A_SECOND)
+            states = int(SECONDS * STATES_A_SECOND)
             self.hypothesis_options = {"min_new_tokens": states, "max_new_tokens": states}
-            self.text_options = {"max_new_tokens": tokens}
+            self.text_options = {"max_new_tokens": sum(WORDS)}
         for batch in tqdm(features, desc="listening", unit="batch"):
             heard = model.listen(batch, language, **self.hypothesis_options)
             if processor is None:
@@ -114,7 +115,7 @@ class Bench:
     def split_words(self, ids: list[int]) -> list[list[int]]:
         """The tokens of a text, word by word, without its end."""
         if self.processor is None:
-            return [ids[start : start + 2] for start in range(0, len(ids), 2)]
+            return [word.tolist() for word in torch.tensor(ids).split(WORDS)]
         words = []
         for token in ids:
             if token in self.model.end_token_ids:
