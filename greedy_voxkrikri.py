@@ -61,7 +61,7 @@ class Draft:
     """
 
     REACH = 8  # tokens ahead in which a token of the LLM is looked for
-    AFTER_RIGHT, AFTER_WRONG = (4.9, 0.1), (0.5, 0.5)  # right and wrong, already counted before the first one
+    AFTER_RIGHT, AFTER_WRONG = (4.9, 0.1), (0.3, 0.7)  # right and wrong, already counted before the first one
     MEMORY = 0.9  # what a token counts, once for every later one
 
     def __init__(self, ids: list[int], word_starts: list[bool]):
