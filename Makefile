@@ -13,7 +13,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(if $(SYSTEM),,-m "not system")
 
-# The same tests with the oldest transformers that requirements.txt allows.
+# The same tests with the oldest transformers that requirements.txt allows; and with bitsandbytes, which takes seconds to
+# import in every process and which the tests of 4 bits need.
 oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(if $(SYSTEM),,-m "not system")
 
@@ -34,5 +35,5 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	grep -viE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt >.venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --requirement requirements-dev.txt \
-		--constraint .venv-oldest/constraints.txt transformers==$(OLDEST)
+		--constraint .venv-oldest/constraints.txt transformers==$(OLDEST) bitsandbytes
 	touch $@
