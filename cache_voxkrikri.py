@@ -2,7 +2,7 @@
 
 * A token at position p of its row is written to slot p + 1. A rejected draft token is overwritten by what comes instead:
   nothing is cropped or moved, and a row sees the slots up to its own position, in an LLM with a sliding window too.
-* Slot 0 takes the padding, which nobody sees.
+* Slot 0 takes the padding, which no token sees.
 * A *static* cache has all its slots from the start: its shapes and addresses stay, as compiled passes need it.
 """
 
@@ -34,11 +34,11 @@ class SlotCache(Cache):
         self.length = static_slots or 0  # slots that attention looks at
         self.slots = None  # (batch, rows), of the pass that is to come
 
-    def place(self, positions: torch.LongTensor, longest: int) -> None:
-        """The next pass is of tokens at `positions`, `(batch, rows)`, -1 on padding, the last of them at `longest`."""
+    def place(self, positions: torch.LongTensor, furthest: int) -> None:
+        """The next pass is of tokens at `positions`, `(batch, rows)`, -1 on padding, the last of them at `furthest`."""
         self.slots = positions + 1
         if self.static_slots is None:
-            self.length = max(self.length, longest + 2)
+            self.length = max(self.length, furthest + 2)
             room = self.keys[0].shape[2] if self.keys else self.length
             if self.length > room:
                 more = max(self.length, 2 * room) - room

@@ -5,7 +5,7 @@
 
 At full size the weights are random: saved once (20 GB of disk), then loaded in every setting as a user loads them.
 Features are random too, and both texts have a length of their own, that of a window full of speech. Greedy decoding of
-one clip without a draft; the median of REPEATS runs after one to warm up, with the fastest and the slowest.
+one clip without a draft; the median of five runs after one to warm up, with the fastest and the slowest.
 
 The peak is of weights and all else while a clip is transcribed: on a GPU what torch allocated there, on the CPU the
 weights and the tensors made. The rows of a GPU have been written without one at hand, and not measured yet.
@@ -17,18 +17,15 @@ import json
 import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig, logging
 
-from benchmarks.training import STATES_A_SECOND, TOKENS_A_SECOND, PeakMemory, build
+from benchmarks.training import STATES_A_SECOND, TOKENS_A_SECOND, PeakMemory, build, seconds_of
 from voxkrikri import VoxKrikriForConditionalGeneration
 
 
-REPEATS = 5
 ON_CPU = {"float32": {"dtype": torch.float32}, "bfloat16": {"dtype": torch.bfloat16}}
 FOUR_BITS = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -41,17 +38,6 @@ ON_GPU = {
     "bfloat16, LLM in 4 bits": {"dtype": torch.bfloat16, "quantization_config": FOUR_BITS},
     "bfloat16, LLM in 4 bits, Whisper offloaded": {"dtype": torch.bfloat16, "quantization_config": FOUR_BITS},
 }
-
-
-def seconds_of(work: Callable[[], object]) -> list[float]:
-    times = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return times[1:]
 
 
 def weights_by_part(model: VoxKrikriForConditionalGeneration) -> dict[str, float]:

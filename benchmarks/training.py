@@ -94,8 +94,8 @@ def build(full_size: bool) -> VoxKrikriForConditionalGeneration:
     return model
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """The median of REPEATS runs after one to warm up."""
+def seconds_of(work: Callable[[], object]) -> list[float]:
+    """Those of REPEATS runs after one to warm up."""
     times = []
     for _ in range(REPEATS + 1):
         if torch.cuda.is_available():
@@ -105,7 +105,7 @@ def seconds_of(work: Callable[[], object]) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return times[1:]
 
 
 def measure_states(model: VoxKrikriForConditionalGeneration, clips: int = 16) -> dict:
@@ -132,7 +132,7 @@ def measure_states(model: VoxKrikriForConditionalGeneration, clips: int = 16) ->
                     states = shard.get_slice("audio_states")[index * (tokens + 1) : (index + 1) * (tokens + 1)]
                     states.to(model.device).float()
 
-        live, kept = seconds_of(listen), seconds_of(read)
+        live, kept = statistics.median(seconds_of(listen)), statistics.median(seconds_of(read))
     return {
         "listening, clips a second": clips / live,
         "states from a shard, clips a second": clips / kept,

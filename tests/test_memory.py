@@ -9,7 +9,7 @@ from conftest import assemble, tiny_speech_model, tiny_text_model
 from transformers import AutoModel, BitsAndBytesConfig
 from transformers.integrations.accelerate import _get_device_map
 
-from benchmarks import memory
+from benchmarks import memory, training
 from voxkrikri import VoxKrikriConfig, VoxKrikriForConditionalGeneration
 
 
@@ -294,7 +294,7 @@ def test_speech_that_accelerate_has_placed_is_not_offloaded(folders, tmp_path):
 
 
 def test_the_table_of_settings(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "REPEATS", 1)
+    monkeypatch.setattr(training, "REPEATS", 1)
     memory.main(["--model", str(tiny.folder), "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "memory.json").read_text())["settings"]
     sizes = {setting: row["LLM, GB"] + row["fusion, GB"] + row["Whisper, GB"] for setting, row in rows.items()}
